@@ -1,0 +1,193 @@
+"""RFC 9457 problem details: the one shape of every error this service answers with.
+
+A `Problem` is raised anywhere and carries a status, a stable `code`, what is wrong, what to do about it and,
+per offending field, a JSON pointer into the body (RFC 6901) or the name of the parameter. `install` turns
+everything else that can go wrong (unknown routes, wrong methods, validation, crashes) into the same shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from api.validation import field_errors
+from seuf_core.errors import SeufError
+
+MEDIA_TYPE: Final = "application/problem+json"
+REQUEST_ID_HEADER: Final = "X-Request-Id"
+log = logging.getLogger("seuf.api")
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """One offending place of a request.
+
+    Attributes:
+        code: stable snake_case name.
+        detail: what is wrong there.
+        pointer: JSON pointer into the body, "" for the whole body; None when the place is not in the body.
+        parameter: name of a query, path or header parameter; None when the place is in the body.
+        fix: what to do, when there is one thing to do.
+        line: line number (from 1) inside an uploaded file.
+    """
+
+    code: str
+    detail: str
+    pointer: str | None = None
+    parameter: str | None = None
+    fix: str | None = None
+    line: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that say something, in reading order."""
+        names = ("pointer", "parameter", "line", "code", "detail", "fix")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class Problem(HTTPException):
+    """An error with a status that a client is meant to read.
+
+    Subclasses Starlette's HTTPException so that one raised while a body is being read reaches our handler
+    instead of FastAPI's "error parsing the body".
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        fix: str | None = None,
+        *,
+        errors: Iterable[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, detail, dict(headers) if headers else None)
+        self.code = code
+        self.fix = fix
+        self.errors = tuple(errors)
+
+    def as_json(self, request_id: str | None) -> dict[str, Any]:
+        """The problem document (RFC 9457, section 3), with our members `code`, `fix`, `request_id`, `errors`."""
+        document: dict[str, Any] = {
+            "type": f"urn:seuf:problem:{self.code}",
+            "title": self.code.replace("_", " ").capitalize(),
+            "status": self.status_code,
+            "detail": self.detail,
+            "code": self.code,
+        }
+        if self.fix:
+            document["fix"] = self.fix
+        if request_id:
+            document["request_id"] = request_id
+        if self.errors:
+            document["errors"] = [error.as_json() for error in self.errors]
+        return document
+
+
+def at(pointer: str, status: int, code: str, detail: str, fix: str | None = None) -> Problem:
+    """A problem with one offending field of the body."""
+    error = FieldError(code=code, detail=detail, pointer=pointer, fix=fix)
+    return Problem(status, code, detail, fix, errors=[error])
+
+
+def not_found(kind: str, wanted: str) -> Problem:
+    """404 of a thing that is not there, or that belongs to somebody else: the two look alike on purpose."""
+    return Problem(
+        404,
+        f"{kind}_not_found",
+        f"There is no {kind} {wanted!r}.",
+        f"Look at GET /{kind}s for what there is.",
+    )
+
+
+def from_seuf_error(error: SeufError, pointer: str, status: int = 422) -> Problem:
+    """A library error as a problem; `pointer` says which field of the body caused it."""
+    return at(pointer, status, error.code, error.message, error.fix)
+
+
+def respond(problem: Problem, request_id: str | None) -> JSONResponse:
+    """The problem as a response, with the request id in header and body."""
+    headers = dict(problem.headers or {})
+    if request_id:
+        headers[REQUEST_ID_HEADER] = request_id
+    return JSONResponse(
+        problem.as_json(request_id), status_code=problem.status_code, headers=headers, media_type=MEDIA_TYPE
+    )
+
+
+def request_id_of(request: Request) -> str | None:
+    """The id the request middleware gave this request."""
+    return getattr(request.state, "request_id", None)
+
+
+async def _http_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    problem = error if isinstance(error, Problem) else _from_starlette(request, error)
+    return respond(problem, request_id_of(request))
+
+
+def _from_starlette(request: Request, error: HTTPException) -> Problem:
+    """Errors raised by the framework itself: routing, methods, unreadable bodies."""
+    where = f"{request.method} {request.url.path}"
+    known = {
+        404: Problem(
+            404, "route_not_found", f"{where} does not exist.", "The routes are listed in /openapi.json."
+        ),
+        405: Problem(
+            405,
+            "method_not_allowed",
+            f"{where} is not allowed.",
+            "The Allow header names the methods of this path.",
+            headers=error.headers,
+        ),
+        400: Problem(
+            400, "unreadable_body", "The request body cannot be read.", "Send JSON with its Content-Type."
+        ),
+    }
+    if error.status_code in known:
+        return known[error.status_code]
+    phrase = HTTPStatus(error.status_code).phrase
+    code = phrase.lower().replace(" ", "_").replace("-", "_")
+    return Problem(error.status_code, code, str(error.detail or phrase), headers=error.headers)
+
+
+async def _validation_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    errors = [FieldError(**fields) for fields in field_errors(error.errors(), error.body)]
+    first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    place = first.parameter if first.parameter is not None else (first.pointer or "the body")
+    if first.code == "json_invalid":
+        problem = Problem(
+            400, "json_invalid", first.detail, "Send one JSON document in UTF-8.", errors=errors
+        )
+    else:
+        problem = Problem(422, "invalid_request", f"{place}: {first.detail}{more}", first.fix, errors=errors)
+    return respond(problem, request_id_of(request))
+
+
+async def _crash(request: Request, error: Exception) -> JSONResponse:
+    request_id = request_id_of(request)
+    log.error("request %s %s %s crashed", request_id, request.method, request.url.path, exc_info=error)
+    problem = Problem(
+        500,
+        "internal_error",
+        "The service failed while it answered this request.",
+        "Try again; if it stays, report the request id: the service's log has the cause under it.",
+    )
+    return respond(problem, request_id)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers that make every error a problem document."""
+    app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(RequestValidationError, _validation_problem)
+    app.add_exception_handler(Exception, _crash)

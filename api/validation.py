@@ -1,0 +1,77 @@
+"""Pydantic's error list as our field errors: JSON pointers that exist in the body, and a fix for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+_FIX: Final[dict[str, str]] = {
+    "missing": "Add it.",
+    "extra_forbidden": "Remove it; the fields of this request are listed in /openapi.json.",
+    "string_type": "Send a JSON string.",
+    "list_type": "Send a JSON array.",
+    "model_attributes_type": "Send a JSON object.",
+    "model_type": "Send a JSON object.",
+    "dict_type": "Send a JSON object.",
+}
+
+
+def field_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> list[dict[str, Any]]:
+    """Keyword arguments of `FieldError`, one per offending place.
+
+    The alternatives of a union fail one by one in pydantic; here they are one error, "this, or that".
+    """
+    merged: dict[tuple[str, str], dict[str, Any]] = {}
+    for error in errors:
+        field = _one(error, body)
+        key = (field.get("pointer", ""), field.get("parameter", ""))
+        if key in merged:
+            before = merged[key]
+            if field["detail"] not in before["detail"]:
+                before["detail"] = f"{before['detail'].rstrip('.')}, or: {field['detail']}"
+                before["fix"] = "Send one of these."
+        else:
+            merged[key] = field
+    return list(merged.values())
+
+
+def _one(error: Mapping[str, Any], body: Any) -> dict[str, Any]:
+    location = list(error["loc"])
+    kind = str(error["type"])
+    field: dict[str, Any] = {"code": kind, "detail": _sentence(error)}
+    if location and location[0] == "body":
+        field["pointer"] = "" if kind == "json_invalid" else _pointer(location[1:], body, kind)
+    else:
+        field["parameter"] = str(location[-1]) if location else ""
+    fix = _FIX.get(kind)
+    if fix:
+        field["fix"] = fix
+    elif kind == "value_error":
+        field["code"] = "invalid_value"
+    return field
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    """Pydantic's message without its prefix, with the value when it is a short plain one."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    value = error.get("input")
+    if error["type"] not in ("missing", "extra_forbidden") and isinstance(value, (int, float, str)):
+        shown = repr(value)
+        if len(shown) <= 60:
+            return f"{message}; it is {shown}."
+    return message if message.endswith(".") else f"{message}."
+
+
+def _pointer(location: Sequence[Any], body: Any, kind: str) -> str:
+    """RFC 6901 pointer; parts that name a branch of a union and not a place in the body are left out."""
+    pointer, value = "", body
+    for position, part in enumerate(location):
+        inside = (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
+        if inside:
+            value = value[part]
+        elif not (kind == "missing" and position == len(location) - 1):
+            continue
+        pointer += "/" + str(part).replace("~", "~0").replace("/", "~1")
+    return pointer

@@ -1,0 +1,239 @@
+"""`Client`: one method per route, typed answers, retries where repeating is harmless."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import httpx
+
+from client import sse
+from client.download import Progress, download
+from client.errors import ApiError, Unreachable
+from client.types import (
+    Attribution,
+    Checkpoint,
+    Event,
+    File,
+    Job,
+    Metrics,
+    Model,
+    Page,
+    Purpose,
+    Submit,
+)
+
+RETRIES = 4  # of a GET whose connection broke: after .2, .4, .8 and 1.6 seconds
+# The service sends a comment at least every 15 s; a stream silent for longer than this is dead.
+STREAM_SILENCE = 45.0
+# A list of examples goes into the body, up to the service's limit of 1 MiB; a string is the id of a file.
+ExampleSet = str | list[dict[str, Any]]
+
+
+class Client:
+    """A connection to one service.
+
+    Args:
+        base_url: address of the service, such as http://127.0.0.1:8321
+        api_key: a key of that service, `seuf_...`
+        timeout: seconds to wait for an answer (uploads and downloads count per chunk)
+
+    Raises (every method):
+        ApiError: the service refused; carries its problem document.
+        Unreachable: no answer came, after retries where repeating is harmless.
+    """
+
+    def __init__(self, base_url: str, api_key: str, *, timeout: float = 30.0) -> None:
+        self.base_url = base_url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}", "User-Agent": "seuf-client"}
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    # Files
+
+    def upload(self, path: str | Path, purpose: Purpose) -> File:
+        """Stream a JSONL file to the service, which checks every line of it."""
+        path = Path(path)
+        with path.open("rb") as stream:
+            parts = {"file": (path.name, stream, "application/jsonl")}
+            request = self._http.build_request("POST", "/files", data={"purpose": purpose}, files=parts)
+            return cast(File, self._send(request).json())
+
+    def file(self, file_id: str) -> File:
+        """One uploaded file."""
+        return cast(File, self._get(f"/files/{file_id}"))
+
+    def files(self, *, cursor: str | None = None, limit: int = 20) -> Page[File]:
+        """One page of files, newest first."""
+        return cast(Page[File], self._get("/files", cursor=cursor, limit=limit))
+
+    def delete_file(self, file_id: str) -> None:
+        """Delete a file; jobs that used it keep only its digest."""
+        self._send(self._http.build_request("DELETE", f"/files/{file_id}"))
+
+    # Models
+
+    def register_model(self, name: str, path: str | Path) -> Model:
+        """Register a model folder; the path is one on the service's machine."""
+        body = {"name": name, "path": str(path)}
+        return cast(Model, self._send(self._http.build_request("POST", "/models", json=body)).json())
+
+    def model(self, name_or_id: str) -> Model:
+        """One registered model."""
+        return cast(Model, self._get(f"/models/{name_or_id}"))
+
+    def models(self, *, cursor: str | None = None, limit: int = 20) -> Page[Model]:
+        """One page of models, newest first."""
+        return cast(Page[Model], self._get("/models", cursor=cursor, limit=limit))
+
+    # Jobs
+
+    def submit(
+        self,
+        model: str,
+        forget_set: ExampleSet,
+        *,
+        retain_set: ExampleSet | None = None,
+        evaluation_set: ExampleSet | None = None,
+        method: dict[str, Any] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> Job:
+        """Start a job; each set is the id of an uploaded file or a list of examples."""
+        body = Submit(model=model, forget_set=_example_set(forget_set))
+        if retain_set is not None:
+            body["retain_set"] = _example_set(retain_set)
+        if evaluation_set is not None:
+            body["evaluation_set"] = _example_set(evaluation_set)
+        if method is not None:
+            body["method"] = method
+        if metadata is not None:
+            body["metadata"] = metadata
+        return cast(Job, self._send(self._http.build_request("POST", "/jobs", json=body)).json())
+
+    def job(self, job_id: str) -> Job:
+        """One job as it stands now."""
+        return cast(Job, self._get(f"/jobs/{job_id}"))
+
+    def jobs(
+        self,
+        *,
+        status: str | None = None,
+        model: str | None = None,
+        cursor: str | None = None,
+        limit: int = 20,
+    ) -> Page[Job]:
+        """One page of jobs, newest first."""
+        return cast(Page[Job], self._get("/jobs", status=status, model=model, cursor=cursor, limit=limit))
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask a job to stop; a running one is `cancelling` until its worker has let go."""
+        return cast(Job, self._send(self._http.build_request("POST", f"/jobs/{job_id}/cancel")).json())
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[Event]:
+        """Every event after number `after`, live, until the job's last one; reconnects by itself."""
+        failures = 0
+        while True:
+            try:
+                with self._stream(job_id, after) as response:
+                    if response.status_code == httpx.codes.NO_CONTENT:
+                        return  # the job is over and `after` was its last event
+                    if response.is_error:
+                        response.read()
+                        raise ApiError.from_response(response)
+                    for message in sse.messages(response.iter_lines()):
+                        after, failures = int(message.id), 0
+                        yield cast(Event, json.loads(message.data))
+            except httpx.TransportError as error:
+                failures += 1
+                if failures > RETRIES:
+                    raise Unreachable(self.base_url, error) from error
+                time.sleep(0.2 * 2**failures)
+
+    def attribution(self, job_id: str) -> Attribution:
+        """Which experts serve the forget set."""
+        return cast(Attribution, self._get(f"/jobs/{job_id}/attribution"))
+
+    def metrics(self, job_id: str) -> Metrics:
+        """What was measured before and after."""
+        return cast(Metrics, self._get(f"/jobs/{job_id}/metrics"))
+
+    # Checkpoints
+
+    def checkpoint(self, checkpoint_id: str) -> Checkpoint:
+        """The files of a checkpoint and what changed against its base model."""
+        return cast(Checkpoint, self._get(f"/checkpoints/{checkpoint_id}"))
+
+    def download(self, checkpoint_id: str, folder: str | Path, *, progress: Progress | None = None) -> Path:
+        """Fetch a checkpoint into `folder`, resuming and checking; the folder appears only when complete."""
+        return download(self._open, self.checkpoint(checkpoint_id), Path(folder), progress)
+
+    # The service itself
+
+    def capabilities(self) -> dict[str, Any]:
+        """Architectures, objectives, scopes and limits of this service."""
+        return cast(dict[str, Any], self._get("/capabilities"))
+
+    def ready(self) -> dict[str, Any]:
+        """Whether each part of the service works; an unready service answers too."""
+        response = self._repeat(self._http.build_request("GET", "/readyz"))
+        return cast(dict[str, Any], response.json())
+
+    # Plumbing
+
+    def _get(self, path: str, **query: str | int | None) -> Any:
+        given = {name: value for name, value in query.items() if value is not None}
+        response = self._repeat(self._http.build_request("GET", path, params=given))
+        return _checked(response).json()
+
+    def _repeat(self, request: httpx.Request) -> httpx.Response:
+        """Send a request that is safe to repeat, over broken connections."""
+        for attempt in range(RETRIES):
+            try:
+                return self._http.send(request)
+            except httpx.TransportError:
+                time.sleep(0.2 * 2**attempt)
+        return self._once(request)
+
+    def _once(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+        try:
+            return self._http.send(request, stream=stream)
+        except httpx.TransportError as error:
+            raise Unreachable(self.base_url, error) from error
+
+    def _send(self, request: httpx.Request) -> httpx.Response:
+        """Send a request that changes something: once, since its answer may be what got lost."""
+        return _checked(self._once(request))
+
+    def _open(self, path: str, headers: dict[str, str]) -> httpx.Response:
+        return self._http.send(self._http.build_request("GET", path, headers=headers), stream=True)
+
+    def _stream(self, job_id: str, after: int) -> AbstractContextManager[httpx.Response]:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        timeout = httpx.Timeout(self._http.timeout, read=STREAM_SILENCE)
+        return self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=timeout)
+
+
+def _example_set(given: ExampleSet) -> dict[str, Any]:
+    return {"file": given} if isinstance(given, str) else {"examples": given}
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_error:
+        raise ApiError.from_response(response)
+    return response

@@ -1,0 +1,178 @@
+"""The answers of the service as typed dictionaries: exactly the JSON of the HTTP interface."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
+
+Purpose = Literal["forget", "retain", "evaluation"]
+Status = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed", "rejected"]
+TERMINAL: frozenset[str] = frozenset({"cancelled", "succeeded", "failed", "rejected"})
+
+T = TypeVar("T")
+
+
+class Page(TypedDict, Generic[T]):
+    """One page of a list; `next` is the cursor of the page after it, None on the last one."""
+
+    data: list[T]
+    has_more: bool
+    next: str | None
+
+
+class File(TypedDict):
+    """An uploaded forget, retain or evaluation set."""
+
+    id: str
+    object: Literal["file"]
+    purpose: Purpose
+    filename: str
+    bytes: int
+    sha256: str
+    examples: int
+    tokens_estimate: int
+    created_at: str
+
+
+class Model(TypedDict):
+    """A registered base model."""
+
+    id: str
+    object: Literal["model"]
+    name: str
+    path: str
+    model_type: str
+    num_layers: int
+    moe_layers: list[int]
+    num_experts: int
+    num_experts_per_tok: int
+    parameters: int
+    bytes: int
+    dtype: str
+    digest: str
+    created_at: str
+
+
+class Progress(TypedDict):
+    """Where a running job is; `step`, `loss` and `seconds_left` (seconds) while it trains."""
+
+    phase: str | None
+    done: int | None
+    total: int | None
+    step: int | None
+    loss: float | None
+    seconds_left: float | None
+
+
+class JobError(TypedDict):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    fix: str | None
+
+
+class Job(TypedDict):
+    """One job; times are ISO 8601 in UTC."""
+
+    id: str
+    object: Literal["job"]
+    status: Status
+    phase: str | None
+    progress: Progress
+    model: str
+    forget_set: str
+    retain_set: str | None
+    evaluation_set: str | None
+    method: dict[str, Any]
+    seed: int
+    metadata: dict[str, str]
+    cancel_requested: bool
+    attempts: int
+    error: JobError | None
+    checkpoint: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    links: dict[str, str | None]
+
+
+class Event(TypedDict):
+    """One numbered event of a job; `seq` counts from 1 without gaps."""
+
+    seq: int
+    type: str
+    data: dict[str, Any]
+    created_at: str
+
+
+class SelectedExpert(TypedDict):
+    """One expert the job trains."""
+
+    layer: int
+    expert: int
+    score: float
+
+
+class Attribution(TypedDict):
+    """Which expert serves the forget set: `matrix` is [len(layers), num_experts]."""
+
+    object: Literal["attribution"]
+    job: str
+    score: str
+    matrix: list[list[float]]
+    layers: list[int]
+    stability: dict[str, Any]
+    coverage: float
+    selection: list[SelectedExpert]
+
+
+class Metric(TypedDict):
+    """One measured figure; `chance` is what guessing gives, None where guessing has no meaning."""
+
+    stage: str
+    set: Literal["forget", "retain"]
+    domain: str
+    name: str
+    value: float
+    n: int
+    chance: float | None
+
+
+class Metrics(TypedDict):
+    """Everything measured before and after."""
+
+    object: Literal["metrics"]
+    job: str
+    data: list[Metric]
+
+
+class CheckpointFile(TypedDict):
+    """One file of a checkpoint; `sha256` in hexadecimal."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Checkpoint(TypedDict):
+    """An unlearned checkpoint: its files with their digests, and what changed against the base model."""
+
+    id: str
+    object: Literal["checkpoint"]
+    job: str
+    created_at: str
+    bytes: int
+    files: list[CheckpointFile]
+    manifest: dict[str, Any]
+    links: dict[str, str]
+
+
+class Submit(TypedDict):
+    """The body of POST /jobs."""
+
+    model: str
+    forget_set: dict[str, Any]
+    retain_set: NotRequired[dict[str, Any]]
+    evaluation_set: NotRequired[dict[str, Any]]
+    method: NotRequired[dict[str, Any]]
+    metadata: NotRequired[dict[str, str]]
