@@ -1,0 +1,30 @@
+"""Selected-expert unlearning for Mixture-of-Experts language models: the library.
+
+    from seuf_core import Method, unlearn
+
+Importing this package loads no torch: the names below are looked up when they are first used, so that the
+torch-free modules (`method`, `errors`, `data.records`, `checkpoint.inspect`) stay cheap for the HTTP side.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seuf_core.method import Method as Method
+    from seuf_core.pipeline import UnlearnResult as UnlearnResult
+    from seuf_core.pipeline import unlearn as unlearn
+
+__all__ = ["Method", "UnlearnResult", "unlearn"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Method":
+        from seuf_core.method import Method
+
+        return Method
+    if name in ("unlearn", "UnlearnResult"):
+        from seuf_core import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'seuf_core' has no attribute {name!r}")

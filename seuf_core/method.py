@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Scope = Literal["seuf", "random_expert", "full"]
 Attribution = Literal["contrast", "affinity", "random"]
-Spread = Literal["across_layers", "same_layer"]
+Spread = Literal["one_per_layer", "across_layers", "same_layer"]
 RouterMode = Literal["freeze", "train"]
 Objective = Literal["gradient_ascent", "gradient_difference", "npo", "rmu", "adaptive_rmu"]
 RetainLoss = Literal["none", "cross_entropy", "hidden_mse"]
@@ -91,11 +91,13 @@ class Method(BaseModel):
     )
     max_experts: int = Field(6, ge=1, le=64, description="With experts = auto: never more than this many.")
     spread: Spread = Field(
-        "across_layers",
-        description="Where several experts lie: the best one of each of several layers, or all in the best layer.",
+        "one_per_layer",
+        description="Where several experts lie: `one_per_layer` = the best of each layer before the second best of "
+        "any, `across_layers` = the top of the whole model, `same_layer` = the top of the best layer.",
     )
     router: RouterMode = Field(
-        description="`freeze`: routing cannot change. `train`: the router of each target layer learns too, with the anchor."
+        description="`freeze`: routing of the target layers cannot change. `train`: their routers learn too, with the "
+        "anchor. Scope `full` trains every router, without an anchor."
     )
     objective: Objective = Field(description="The forget term.")
     retain_loss: RetainLoss = Field(
@@ -155,8 +157,6 @@ class Method(BaseModel):
             )
         if self.scope == "full" and hidden:
             raise ValueError(f"scope full has no target layer, which {self.objective} needs; use npo")
-        if self.scope == "full" and self.router == "train" and self.preset != "paper":
-            raise ValueError("scope full trains every router already; leave router out")
         return self
 
     @property

@@ -1,0 +1,156 @@
+"""Probes: does the model still choose the right answer, and does it still say it?
+
+One forward pass over every (prompt, choice) gives both: the choice is the one with the highest mean
+log-probability per token, and the open answer is right when greedy decoding would produce exactly the tokens of
+the true answer (each is the argmax given the ones before it, which is what greedy decoding feeds itself).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from seuf_core.data.batches import Encoded, collate, encode_pair
+from seuf_core.data.records import Example, Probe
+from seuf_core.moe.forward import answer_logits
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """What the model did with one probe. `probability` is a softmax over the choices' mean log-probabilities;
+    with a single choice it is exp(mean log-probability) of the answer."""
+
+    chose_right: bool
+    ranked_last: bool
+    open_right: bool
+    probability: float
+
+
+@dataclass(frozen=True)
+class EncodedProbe:
+    """A probe as token sequences, one a choice, made once and scored many times."""
+
+    probe: Probe
+    sequences: tuple[Encoded, ...]
+
+
+def probe_of(example: Example, set_name: Literal["forget", "retain"]) -> Probe:
+    """An example as a probe with one choice, for data sets that come without an evaluation set."""
+    return Probe(
+        id=example.id,
+        prompt=example.prompt,
+        choices=(example.completion,),
+        answer=0,
+        fact=example.fact,
+        domain=example.domain,
+        set=set_name,
+    )
+
+
+def encode_probes(
+    tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], max_length: int
+) -> list[EncodedProbe]:
+    """Tokenise every choice of every probe after its prompt."""
+    return [
+        EncodedProbe(
+            probe, tuple(encode_pair(tokenizer, probe.prompt, choice, max_length) for choice in probe.choices)
+        )
+        for probe in probes
+    ]
+
+
+@torch.no_grad()
+def score_probes(
+    model: PreTrainedModel,
+    probes: Sequence[EncodedProbe],
+    *,
+    tokens_per_batch: int = 8192,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[ProbeScore]:
+    """Score every probe with the model as it stands.
+
+    Args:
+        tokens_per_batch: padded tokens of one forward pass; logits take 4 * V bytes for each answer position.
+    """
+    flat = [(p, c) for p, probe in enumerate(probes) for c in range(len(probe.sequences))]
+    flat.sort(key=lambda pc: len(probes[pc[0]].sequences[pc[1]].input_ids))
+    log_probs = [[0.0] * len(probe.sequences) for probe in probes]
+    greedy = [False] * len(probes)
+    done = 0
+    for chunk in _chunks(flat, [len(probes[p].sequences[c].input_ids) for p, c in flat], tokens_per_batch):
+        means, hits = _score_sequences(model, [probes[p].sequences[c] for p, c in chunk])
+        for (p, c), mean, hit in zip(chunk, means, hits, strict=True):
+            log_probs[p][c] = mean
+            if c == probes[p].probe.answer:
+                greedy[p] = hit
+        done += len(chunk)
+        progress(done)
+    return [_judge(probe.probe.answer, scores, hit) for probe, scores, hit in zip(probes, log_probs, greedy, strict=True)]
+
+
+def _chunks(
+    items: list[tuple[int, int]], lengths: list[int], tokens_per_batch: int
+) -> Iterator[list[tuple[int, int]]]:
+    start = 0
+    for end in range(1, len(items) + 1):
+        # Sorted by length, so the next item would be the longest of its batch.
+        if end == len(items) or (end - start + 1) * lengths[end] > tokens_per_batch:
+            yield items[start:end]
+            start = end
+
+
+def _score_sequences(model: PreTrainedModel, sequences: list[Encoded]) -> tuple[list[float], list[bool]]:
+    batch = collate(sequences, pad_token_id=model.config.pad_token_id or 0).to(model.device)
+    answers = answer_logits(model, batch)
+    logits = answers.logits.float()
+    log_prob = -F.cross_entropy(logits, answers.target, reduction="none")
+    counts = torch.bincount(answers.row, minlength=len(sequences)).clamp(min=1)
+    means = torch.zeros(len(sequences), device=logits.device).index_add_(0, answers.row, log_prob) / counts
+    misses = torch.bincount(answers.row, (logits.argmax(dim=-1) != answers.target).float(), len(sequences))
+    return means.tolist(), (misses == 0).tolist()
+
+
+def _judge(answer: int, log_probs: list[float], greedy: bool) -> ProbeScore:
+    values = torch.tensor(log_probs)
+    right = values[answer]
+    probability = float(values.exp()[0]) if len(log_probs) == 1 else float(values.softmax(0)[answer])
+    others = torch.cat([values[:answer], values[answer + 1 :]])
+    return ProbeScore(
+        chose_right=bool((right > others).all()),  # a tie is not knowing
+        ranked_last=bool(others.numel() and (right < others).all()),
+        open_right=greedy,
+        probability=probability,
+    )
+
+
+def summarise(probes: Sequence[EncodedProbe], scores: Sequence[ProbeScore]) -> list[dict[str, Any]]:
+    """Mean figures per set and domain, as rows {set, domain, name, value, n, chance}.
+
+    Names: `choice` (share of probes whose true answer is the likeliest choice; only for two or more choices),
+    `open` (share answered greedily), `probability` (mean), `ranked_last` (share whose true answer is the
+    unlikeliest: knowledge that was inverted shows here).
+    """
+    rows: list[dict[str, Any]] = []
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, encoded in enumerate(probes):
+        groups.setdefault((encoded.probe.set, encoded.probe.domain), []).append(i)
+    for (set_name, domain), members in sorted(groups.items()):
+        choices = [len(probes[i].sequences) for i in members]
+        chance = sum(1 / c for c in choices) / len(choices) if min(choices) > 1 else 0.0
+        figures = {
+            "open": (sum(scores[i].open_right for i in members), 0.0),
+            "probability": (sum(scores[i].probability for i in members), chance),
+        }
+        if min(choices) > 1:
+            figures["choice"] = (sum(scores[i].chose_right for i in members), chance)
+            figures["ranked_last"] = (sum(scores[i].ranked_last for i in members), chance)
+        rows += [
+            {"set": set_name, "domain": domain, "name": name, "value": total / len(members), "n": len(members), "chance": chance_level}
+            for name, (total, chance_level) in sorted(figures.items())
+        ]
+    return rows

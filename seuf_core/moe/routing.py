@@ -1,0 +1,103 @@
+"""What the routers decide: capture it, and forbid experts to see what happens without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from seuf_core.moe.view import MoELayer, MoEView
+
+_RouterHook = Callable[[nn.Module, object, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], None]
+_Undo = Callable[[], None]
+
+
+@dataclass
+class Routing:
+    """Router decisions of one forward pass, one entry a sparse layer, keyed by decoder layer index.
+
+    logits: [T, E], as the router computed them; indices: [T, K], the experts it chose. T = B * S tokens, row-major.
+    """
+
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    indices: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def scores(self, layer: int) -> torch.Tensor:
+        """The model's own scores before top-K, fp32 [T, E]; softmax in every family so far (rows sum to 1)."""
+        return self.logits[layer].float().softmax(dim=-1)
+
+    def gates(self, layer: int) -> torch.Tensor:
+        """`scores` where the model really selected the expert, else 0: [T, E]."""
+        scores = self.scores(layer)
+        return torch.zeros_like(scores).scatter(1, self.indices[layer], scores.gather(1, self.indices[layer]))
+
+    def selected(self, layer: int) -> torch.Tensor:
+        """1 where the expert was selected, else 0: [T, E]."""
+        return torch.zeros_like(self.logits[layer], dtype=torch.float32).scatter(1, self.indices[layer], 1.0)
+
+
+@contextmanager
+def capture_routing(view: MoEView, layers: tuple[int, ...] | None = None) -> Iterator[Routing]:
+    """Record logits and chosen experts of each forward pass inside the block; a new pass overwrites the last.
+
+    The graph is kept when gradients are on, so that the anchor can be built from what was captured.
+    """
+    routing = Routing()
+
+    def record(index: int) -> _RouterHook:
+        def hook(_: nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+            routing.logits[index], routing.indices[index] = output[0], output[2]
+
+        return hook
+
+    handles = [
+        layer.router.register_forward_hook(record(layer.index))
+        for layer in view.layers
+        if layers is None or layer.index in layers
+    ]
+    try:
+        yield routing
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def experts_masked(view: MoEView, masked: Mapping[int, tuple[int, ...]]) -> Iterator[None]:
+    """Route every token away from the given experts (decoder layer index -> experts), for evaluation.
+
+    The router sees one more input dimension that is always 1, whose weight is a large negative number for a
+    forbidden expert and 0 for the others. So top-K, renormalisation and groups stay the family's own code.
+    """
+    restore = [_forbid(view.layer(index), experts) for index, experts in masked.items()]
+    try:
+        yield
+    finally:
+        for undo in restore:
+            undo()
+
+
+def _forbid(layer: MoELayer, experts: tuple[int, ...]) -> _Undo:
+    router, weight = layer.router, layer.router.weight
+    # -1e4 makes the softmax exactly 0 in fp32 and bf16 and, unlike -inf, never yields NaN.
+    penalty = torch.zeros(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
+    penalty[list(experts)] = -1e4
+    router.weight = nn.Parameter(torch.cat([weight.detach(), penalty], dim=1), requires_grad=False)
+    router.hidden_dim += 1
+
+    def add_constant(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = inputs[0]
+        return (torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], dim=-1),)
+
+    handle = router.register_forward_pre_hook(add_constant)
+
+    def undo() -> None:
+        handle.remove()
+        router.hidden_dim -= 1
+        router.weight = weight
+
+    return undo
+

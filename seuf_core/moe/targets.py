@@ -1,0 +1,155 @@
+"""Target experts as small leaf parameters of their own.
+
+A fused `gate_up_proj` [E, 2I, H] that requires grad would get a gradient and two Adam moments of all E experts.
+Here the targets leave the fused tensors: the frozen experts are computed by transformers' own function with the
+target slots weighted 0, and the targets' outputs are added from fp32 leaf parameters. Gradient and optimiser
+state exist only for these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from seuf_core.moe.view import MoELayer, MoEView, expert_parameters
+
+SPLIT_IMPLEMENTATION: Final = "seuf_split"
+
+Leaves = dict[str, nn.Parameter]
+
+
+class TargetExperts:
+    """fp32 leaf parameters of the target experts and, if asked, of the routers of their layers.
+
+    Memory of parameters, gradients and AdamW state together:
+    16 bytes * (sum over targets of 3 * I * H + sum over trained routers of E * H).
+
+    Args:
+        view: the loaded model; it is not changed before `attached` or `merge`.
+        targets: decoder layer index -> experts.
+        train_router: whether the routers of these layers are trained too.
+    """
+
+    def __init__(self, view: MoEView, targets: Mapping[int, tuple[int, ...]], *, train_router: bool) -> None:
+        self.view = view
+        self.targets = {layer: tuple(sorted(experts)) for layer, experts in sorted(targets.items())}
+        self.experts: dict[int, dict[int, Leaves]] = {
+            layer: {
+                expert: {name: _leaf(rows) for name, rows in expert_parameters(view.layer(layer), expert).items()}
+                for expert in experts
+            }
+            for layer, experts in self.targets.items()
+        }
+        self.routers: dict[int, nn.Parameter] = (
+            {layer: _leaf(view.layer(layer).router.weight) for layer in self.targets} if train_router else {}
+        )
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every leaf by a stable name, in a stable order: `layers.3.experts.7.down_proj`, `layers.3.router`."""
+        named = {
+            f"layers.{layer}.experts.{expert}.{name}": leaf
+            for layer, experts in self.experts.items()
+            for expert, leaves in experts.items()
+            for name, leaf in leaves.items()
+        }
+        return named | {f"layers.{layer}.router": leaf for layer, leaf in self.routers.items()}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside the block the model computes with the leaves; outside with its own, unchanged tensors."""
+        model, original = self.view.model, self.view.model.config._experts_implementation
+        restore = [_attach_router(self.view.layer(layer), leaf) for layer, leaf in self.routers.items()]
+        for layer in self.view.layers:
+            layer.experts._seuf_targets = (original, self.experts.get(layer.index, {}))
+        model.set_experts_implementation(SPLIT_IMPLEMENTATION)
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(original)
+            for layer in self.view.layers:
+                del layer.experts._seuf_targets
+            for undo in restore:
+                undo()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Copy the leaves into the model's own tensors, rounded to their dtype."""
+        for layer, experts in self.experts.items():
+            for expert, leaves in experts.items():
+                for name, rows in expert_parameters(self.view.layer(layer), expert).items():
+                    rows.copy_(leaves[name])
+        for layer, leaf in self.routers.items():
+            self.view.layer(layer).router.weight.copy_(leaf)
+
+
+def _leaf(tensor: torch.Tensor) -> nn.Parameter:
+    # fp32 masters: bf16 AdamW on bf16 weights loses small updates, and these tensors are tiny.
+    return nn.Parameter(tensor.detach().to(torch.float32, copy=True))
+
+
+def _attach_router(layer: MoELayer, leaf: nn.Parameter) -> Any:
+    router, own = layer.router, layer.router._parameters.pop("weight")
+
+    def cast(_: nn.Module, __: object) -> None:
+        router.weight = leaf.to(own.dtype)
+
+    handle = router.register_forward_pre_hook(cast)
+    router.weight = leaf.to(own.dtype)
+
+    def undo() -> None:
+        handle.remove()
+        del router.weight
+        router._parameters["weight"] = own
+
+    return undo
+
+
+def split_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts function for transformers: frozen experts as they are, targets from their leaves.
+
+    Args:
+        self: the family's experts module; `_seuf_targets` = (implementation of the frozen part, expert -> leaves).
+        hidden_states: [T, H]; top_k_index: [T, K] int64; top_k_weights: [T, K].
+
+    Returns:
+        [T, H], equal to the unsplit result up to the order of summation.
+    """
+    original, targets = self._seuf_targets
+    if not targets:
+        return _frozen_forward(self, original, hidden_states, top_k_index, top_k_weights)
+    is_target = torch.zeros_like(top_k_index, dtype=torch.bool)
+    for expert in targets:
+        is_target |= top_k_index == expert
+    # Weight 0 rather than removed slots: every layout (bias, transposed, interleaved) stays transformers' business.
+    output = _frozen_forward(self, original, hidden_states, top_k_index, top_k_weights.masked_fill(is_target, 0))
+    for expert, leaves in targets.items():
+        token, slot = torch.where(top_k_index == expert)
+        if token.numel():
+            states = _target_forward(self, leaves, hidden_states[token])
+            weighted = states * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, weighted.to(output.dtype))
+    return output
+
+
+def _target_forward(module: nn.Module, leaves: Leaves, states: torch.Tensor) -> torch.Tensor:
+    gate_up = F.linear(states, leaves["gate_up_proj"].to(states.dtype))
+    return F.linear(module._apply_gate(gate_up), leaves["down_proj"].to(states.dtype))
+
+
+def _frozen_forward(
+    module: nn.Module, original: str, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    eager = type(module).forward.__wrapped__  # transformers wraps the family's own loop to dispatch on the config
+    result: torch.Tensor = ALL_EXPERTS_FUNCTIONS.get(original, eager)(module, states, index, weights)
+    return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(SPLIT_IMPLEMENTATION, split_experts_forward)
