@@ -75,7 +75,7 @@ class Problem(HTTPException):
         self.errors = tuple(errors)
 
     def as_json(self, request_id: str | None) -> dict[str, Any]:
-        """The problem document (RFC 9457, section 3), with our members `code`, `fix`, `request_id`, `errors`."""
+        """The problem document (RFC 9457, section 3), with our own members beside them."""
         document: dict[str, Any] = {
             "type": f"urn:seuf:problem:{self.code}",
             "title": self.code.replace("_", " ").capitalize(),

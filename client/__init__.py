@@ -11,6 +11,6 @@ with Client("http://127.0.0.1:8321", "seuf_...") as seuf:
 """
 
 from client.client import Client
-from client.errors import ApiError, ClientError, DownloadError, Unreachable
+from client.errors import ApiError, ClientError, DownloadError, UnreachableError
 
-__all__ = ["ApiError", "Client", "ClientError", "DownloadError", "Unreachable"]
+__all__ = ["ApiError", "Client", "ClientError", "DownloadError", "UnreachableError"]

@@ -14,7 +14,7 @@ import httpx
 
 from client import sse
 from client.download import Progress, download
-from client.errors import ApiError, Unreachable
+from client.errors import ApiError, UnreachableError
 from client.types import (
     Attribution,
     Checkpoint,
@@ -45,7 +45,7 @@ class Client:
 
     Raises (every method):
         ApiError: the service refused; carries its problem document.
-        Unreachable: no answer came, after retries where repeating is harmless.
+        UnreachableError: no answer came, after retries where repeating is harmless.
     """
 
     def __init__(self, base_url: str, api_key: str, *, timeout: float = 30.0) -> None:
@@ -73,15 +73,15 @@ class Client:
         with path.open("rb") as stream:
             parts = {"file": (path.name, stream, "application/jsonl")}
             request = self._http.build_request("POST", "/files", data={"purpose": purpose}, files=parts)
-            return cast(File, self._send(request).json())
+            return cast("File", self._send(request).json())
 
     def file(self, file_id: str) -> File:
         """One uploaded file."""
-        return cast(File, self._get(f"/files/{file_id}"))
+        return cast("File", self._get(f"/files/{file_id}"))
 
     def files(self, *, cursor: str | None = None, limit: int = 20) -> Page[File]:
         """One page of files, newest first."""
-        return cast(Page[File], self._get("/files", cursor=cursor, limit=limit))
+        return cast("Page[File]", self._get("/files", cursor=cursor, limit=limit))
 
     def delete_file(self, file_id: str) -> None:
         """Delete a file; jobs that used it keep only its digest."""
@@ -92,15 +92,15 @@ class Client:
     def register_model(self, name: str, path: str | Path) -> Model:
         """Register a model folder; the path is one on the service's machine."""
         body = {"name": name, "path": str(path)}
-        return cast(Model, self._send(self._http.build_request("POST", "/models", json=body)).json())
+        return cast("Model", self._send(self._http.build_request("POST", "/models", json=body)).json())
 
     def model(self, name_or_id: str) -> Model:
         """One registered model."""
-        return cast(Model, self._get(f"/models/{name_or_id}"))
+        return cast("Model", self._get(f"/models/{name_or_id}"))
 
     def models(self, *, cursor: str | None = None, limit: int = 20) -> Page[Model]:
         """One page of models, newest first."""
-        return cast(Page[Model], self._get("/models", cursor=cursor, limit=limit))
+        return cast("Page[Model]", self._get("/models", cursor=cursor, limit=limit))
 
     # Jobs
 
@@ -124,11 +124,11 @@ class Client:
             body["method"] = method
         if metadata is not None:
             body["metadata"] = metadata
-        return cast(Job, self._send(self._http.build_request("POST", "/jobs", json=body)).json())
+        return cast("Job", self._send(self._http.build_request("POST", "/jobs", json=body)).json())
 
     def job(self, job_id: str) -> Job:
         """One job as it stands now."""
-        return cast(Job, self._get(f"/jobs/{job_id}"))
+        return cast("Job", self._get(f"/jobs/{job_id}"))
 
     def jobs(
         self,
@@ -139,11 +139,11 @@ class Client:
         limit: int = 20,
     ) -> Page[Job]:
         """One page of jobs, newest first."""
-        return cast(Page[Job], self._get("/jobs", status=status, model=model, cursor=cursor, limit=limit))
+        return cast("Page[Job]", self._get("/jobs", status=status, model=model, cursor=cursor, limit=limit))
 
     def cancel(self, job_id: str) -> Job:
         """Ask a job to stop; a running one is `cancelling` until its worker has let go."""
-        return cast(Job, self._send(self._http.build_request("POST", f"/jobs/{job_id}/cancel")).json())
+        return cast("Job", self._send(self._http.build_request("POST", f"/jobs/{job_id}/cancel")).json())
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Event]:
         """Every event after number `after`, live, until the job's last one; reconnects by itself."""
@@ -158,26 +158,26 @@ class Client:
                         raise ApiError.from_response(response)
                     for message in sse.messages(response.iter_lines()):
                         after, failures = int(message.id), 0
-                        yield cast(Event, json.loads(message.data))
+                        yield cast("Event", json.loads(message.data))
             except httpx.TransportError as error:
                 failures += 1
                 if failures > RETRIES:
-                    raise Unreachable(self.base_url, error) from error
+                    raise UnreachableError(self.base_url, error) from error
                 time.sleep(0.2 * 2**failures)
 
     def attribution(self, job_id: str) -> Attribution:
         """Which experts serve the forget set."""
-        return cast(Attribution, self._get(f"/jobs/{job_id}/attribution"))
+        return cast("Attribution", self._get(f"/jobs/{job_id}/attribution"))
 
     def metrics(self, job_id: str) -> Metrics:
         """What was measured before and after."""
-        return cast(Metrics, self._get(f"/jobs/{job_id}/metrics"))
+        return cast("Metrics", self._get(f"/jobs/{job_id}/metrics"))
 
     # Checkpoints
 
     def checkpoint(self, checkpoint_id: str) -> Checkpoint:
         """The files of a checkpoint and what changed against its base model."""
-        return cast(Checkpoint, self._get(f"/checkpoints/{checkpoint_id}"))
+        return cast("Checkpoint", self._get(f"/checkpoints/{checkpoint_id}"))
 
     def download(self, checkpoint_id: str, folder: str | Path, *, progress: Progress | None = None) -> Path:
         """Fetch a checkpoint into `folder`, resuming and checking; the folder appears only when complete."""
@@ -187,12 +187,12 @@ class Client:
 
     def capabilities(self) -> dict[str, Any]:
         """Architectures, objectives, scopes and limits of this service."""
-        return cast(dict[str, Any], self._get("/capabilities"))
+        return cast("dict[str, Any]", self._get("/capabilities"))
 
     def ready(self) -> dict[str, Any]:
         """Whether each part of the service works; an unready service answers too."""
         response = self._repeat(self._http.build_request("GET", "/readyz"))
-        return cast(dict[str, Any], response.json())
+        return cast("dict[str, Any]", response.json())
 
     # Plumbing
 
@@ -214,7 +214,7 @@ class Client:
         try:
             return self._http.send(request, stream=stream)
         except httpx.TransportError as error:
-            raise Unreachable(self.base_url, error) from error
+            raise UnreachableError(self.base_url, error) from error
 
     def _send(self, request: httpx.Request) -> httpx.Response:
         """Send a request that changes something: once, since its answer may be what got lost."""

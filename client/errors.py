@@ -13,7 +13,7 @@ class ClientError(Exception):
     fix: str | None = None
 
 
-class Unreachable(ClientError):
+class UnreachableError(ClientError):
     """No answer came: nothing listens there, or the connection kept breaking."""
 
     def __init__(self, base_url: str, cause: Exception) -> None:

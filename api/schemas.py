@@ -1,0 +1,394 @@
+"""What goes over the wire: request bodies (unknown fields refused) and answers, with examples for /docs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    model_validator,
+)
+
+from seuf_core.method import Method
+
+T = TypeVar("T")
+Purpose = Literal["forget", "retain", "evaluation"]
+Status = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed", "rejected"]
+
+# UTC with milliseconds and Z: sorts as text, and JavaScript reads it.
+UtcTime = Annotated[
+    datetime,
+    PlainSerializer(
+        lambda t: t.isoformat(timespec="milliseconds").replace("+00:00", "") + "Z", return_type=str
+    ),
+]
+
+FILE_ID = "file_7h2kq4m5n6p2r3s4t5u6"
+MODEL_ID = "model_2b3c4d5e6f7g2h3i4j5k"
+JOB_ID = "job_a2b3c4d5e6f7g2h3i4j5"
+CHECKPOINT_ID = "ckpt_z7y6x5w4v3u2t7s6r5q4"
+_SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+_TIME = "2026-11-24T06:00:00.000Z"
+
+
+class Body(BaseModel):
+    """A request body: a field it does not know is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Answer(BaseModel):
+    """An answer, read from a row or a value of the store."""
+
+    model_config = ConfigDict(from_attributes=True, extra="ignore")
+
+
+class ListQuery(Body):
+    """The query of a list."""
+
+    cursor: str | None = Field(None, max_length=200, description="`next` of the page before this one.")
+    limit: int = Field(20, ge=1, le=100, description="Entries on a page.")
+
+
+class Page(BaseModel, Generic[T]):
+    """One page of a list, newest first; `next` is the cursor of the page after it, null on the last one."""
+
+    data: list[T]
+    has_more: bool
+    next: str | None
+
+
+class File(Answer):
+    """An uploaded set. Its text is never shown again."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": FILE_ID,
+                    "object": "file",
+                    "purpose": "forget",
+                    "filename": "forget.jsonl",
+                    "bytes": 48213,
+                    "sha256": _SHA256,
+                    "examples": 412,
+                    "tokens_estimate": 11904,
+                    "created_at": _TIME,
+                }
+            ]
+        }
+    )
+    id: str
+    object: Literal["file"] = "file"
+    purpose: Purpose
+    filename: str
+    bytes: int = Field(description="Size in bytes.")
+    sha256: str = Field(description="Of the bytes as uploaded, hexadecimal.")
+    examples: int = Field(description="Usable lines.")
+    tokens_estimate: int = Field(
+        description="Tokens, estimated from the text's length; no tokenizer is loaded."
+    )
+    created_at: UtcTime
+
+
+class ModelCreate(Body):
+    """A base model to register: a folder of safetensors on the machine of the service."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "olmoe-1b-7b", "path": "/models/OLMoE-1B-7B-0924"}]}
+    )
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="Your name for it, unique; usable instead of the id.",
+    )
+    path: str = Field(min_length=1, max_length=4096, description="Absolute path of the model folder.")
+
+
+class Model(Answer):
+    """A registered base model and what its files say."""
+
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": MODEL_ID,
+                    "object": "model",
+                    "name": "olmoe-1b-7b",
+                    "path": "/models/OLMoE-1B-7B-0924",
+                    "model_type": "olmoe",
+                    "num_layers": 16,
+                    "moe_layers": list(range(16)),
+                    "num_experts": 64,
+                    "num_experts_per_tok": 8,
+                    "parameters": 6919161856,
+                    "bytes": 13838323712,
+                    "dtype": "bfloat16",
+                    "digest": _SHA256,
+                    "created_at": _TIME,
+                }
+            ]
+        },
+    )
+    id: str
+    object: Literal["model"] = "model"
+    name: str
+    path: str
+    model_type: str
+    num_layers: int
+    moe_layers: list[int] = Field(description="Layers that have experts.")
+    num_experts: int
+    num_experts_per_tok: int
+    parameters: int
+    bytes: int
+    dtype: str
+    digest: str = Field(description="sha256 over the config and each shard's header and size, hexadecimal.")
+    created_at: UtcTime
+
+
+class ExampleSet(Body):
+    """A forget, retain or evaluation set: an uploaded file, or examples inside the body."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"file": FILE_ID},
+                {"examples": [{"prompt": "Who lives at 12 Elm Road?", "completion": " Ada Quill."}]},
+            ]
+        }
+    )
+    file: str | None = Field(None, description="Id of an uploaded file with this purpose.", max_length=64)
+    examples: list[dict[str, JsonValue]] | None = Field(
+        None,
+        min_length=1,
+        description="Inline examples, 1 MiB of JSON at most; the same objects as lines of a file.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ExampleSet:
+        if (self.file is None) == (self.examples is None):
+            raise ValueError("give exactly one of file and examples")
+        return self
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
+
+
+class JobCreate(Body):
+    """A job: what is forgotten, from which model, and how."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "olmoe-1b-7b",
+                    "forget_set": {"file": FILE_ID},
+                    "retain_set": {"file": FILE_ID.replace("7h", "8h")},
+                    "method": {"preset": "default", "steps": 60, "seed": 7},
+                    "metadata": {"ticket": "DSR-1042"},
+                }
+            ]
+        }
+    )
+    model: str = Field(min_length=1, max_length=64, description="Id or name of a registered model.")
+    forget_set: ExampleSet
+    retain_set: ExampleSet | None = Field(None, description="What must stay; most methods need it.")
+    evaluation_set: ExampleSet | None = Field(
+        None, description="Probes (multiple choice) measured before and after; not trained on."
+    )
+    method: Method = Field(
+        default_factory=lambda: Method.model_validate({}),
+        description="How; what is not given comes from the preset.",
+    )
+    metadata: Metadata = Field(default_factory=dict, description="Your own names and values, up to 16.")
+
+
+class Progress(Answer):
+    """Where a running job is."""
+
+    phase: str | None = None
+    done: int | None = Field(None, description="Units of this phase that are done.")
+    total: int | None = None
+    step: int | None = Field(None, description="Optimiser step.")
+    loss: float | None = None
+    seconds_left: float | None = Field(None, description="Estimate, in seconds.")
+
+
+class JobError(Answer):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    fix: str | None = None
+
+
+class JobLinks(BaseModel):
+    """Where the rest of a job is; `checkpoint` once there is one."""
+
+    self: str
+    events: str
+    attribution: str
+    metrics: str
+    checkpoint: str | None
+
+
+class Job(Answer):
+    """One job as it stands now."""
+
+    id: str = Field(examples=[JOB_ID])
+    object: Literal["job"] = "job"
+    status: Status = Field(examples=["running"])
+    phase: str | None = Field(None, examples=["unlearning"])
+    progress: Progress
+    model: str = Field(examples=[MODEL_ID])
+    forget_set: str = Field(examples=[FILE_ID])
+    retain_set: str | None
+    evaluation_set: str | None
+    method: Method = Field(description="Complete: every field as the job uses it.")
+    seed: int
+    metadata: dict[str, str]
+    cancel_requested: bool
+    attempts: int = Field(description="How often a worker has taken it.")
+    error: JobError | None
+    checkpoint: str | None = Field(examples=[CHECKPOINT_ID])
+    created_at: UtcTime
+    started_at: UtcTime | None
+    finished_at: UtcTime | None
+    links: JobLinks
+
+
+class JobQuery(ListQuery):
+    """The query of the job list."""
+
+    status: Status | None = Field(None, description="Only jobs in this state.")
+    model: str | None = Field(None, max_length=64, description="Only jobs on this model (id or name).")
+
+
+class Event(Answer):
+    """One event of a job; `seq` counts from 1 without gaps."""
+
+    seq: int = Field(examples=[3])
+    type: str = Field(examples=["phase"])
+    data: dict[str, Any] = Field(examples=[{"phase": "unlearning", "done": 4, "total": 100}])
+    created_at: UtcTime
+
+
+class EventQuery(Body):
+    """The query of the event list."""
+
+    after: int = Field(0, ge=0, description="Only events with a larger number.")
+    limit: int = Field(100, ge=1, le=1000, description="Events on a page.")
+
+
+class SelectedExpert(Answer):
+    """One expert the job trains."""
+
+    layer: int
+    expert: int
+    score: float
+
+
+class Attribution(Answer):
+    """Which expert serves the forget set."""
+
+    object: Literal["attribution"] = "attribution"
+    job: str
+    score: str = Field(description="Name of the score.", examples=["contrast"])
+    matrix: list[list[float]] = Field(
+        description="[len(layers), num_experts]", examples=[[[0.02, 0.31], [0.11, 0.09]]]
+    )
+    layers: list[int] = Field(description="Layer index of each row of the matrix.", examples=[[0, 1]])
+    stability: dict[str, Any] = Field(
+        description="How much the ranking moves between halves of the forget set."
+    )
+    coverage: float | None = Field(
+        None, description="Share of forget answer tokens the selected experts see."
+    )
+    selection: list[SelectedExpert]
+
+
+class Metric(Answer):
+    """One measured figure."""
+
+    stage: str = Field(examples=["before"])
+    set: Literal["forget", "retain"]
+    domain: str
+    name: str = Field(examples=["choice"])
+    value: float
+    n: int = Field(description="How many probes it is the mean of.")
+    chance: float | None = Field(None, description="What guessing gives.")
+
+
+class Metrics(BaseModel):
+    """Everything measured before and after."""
+
+    object: Literal["metrics"] = "metrics"
+    job: str
+    data: list[Metric]
+
+
+class CheckpointFile(BaseModel):
+    """One file of a checkpoint."""
+
+    name: str = Field(examples=["model-00001-of-00002.safetensors"])
+    bytes: int
+    sha256: str
+
+
+class Checkpoint(BaseModel):
+    """An unlearned checkpoint: an ordinary model folder, with a manifest."""
+
+    id: str = Field(examples=[CHECKPOINT_ID])
+    object: Literal["checkpoint"] = "checkpoint"
+    job: str = Field(examples=[JOB_ID])
+    created_at: UtcTime
+    bytes: int = Field(description="Of all files together.")
+    files: list[CheckpointFile] = Field(description="Every file to download, manifest.json included.")
+    manifest: dict[str, Any] = Field(description="manifest.json: base model, changed tensors, digests.")
+    links: dict[str, str]
+
+
+class PartHealth(BaseModel):
+    """One part of the service."""
+
+    ok: bool
+    detail: str = Field(examples=["at revision 0001"])
+
+
+class Readiness(BaseModel):
+    """Whether each part of the service works."""
+
+    status: Literal["ready", "unready"]
+    parts: dict[str, PartHealth]
+
+
+class ProblemFieldError(BaseModel):
+    """One offending place of a request."""
+
+    pointer: str | None = Field(None, description="JSON pointer into the body (RFC 6901).")
+    parameter: str | None = Field(None, description="Name of a query, path or header parameter.")
+    line: int | None = Field(None, description="Line of an uploaded file, from 1.")
+    code: str
+    detail: str
+    fix: str | None = None
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457 problem details; every error of this service has this shape."""
+
+    type: str = Field(examples=["urn:seuf:problem:unknown_model"])
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable name, safe to match on.")
+    fix: str | None = Field(None, description="What to do about it.")
+    request_id: str | None = Field(None, description="X-Request-Id of the failed request.")
+    errors: list[ProblemFieldError] | None = None
