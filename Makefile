@@ -1,0 +1,75 @@
+# Everything a person or CI does with this checkout. `make help` lists the targets.
+# A fresh machine needs python3 >= 3.11, pip and make; the first target that needs more installs it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The stamp's name holds a checksum of what the environment is made from, so an unchanged one is never touched again.
+READY := .venv/ready-$(shell cat requirements.lock pyproject.toml scripts/setup | cksum | cut -d' ' -f1)
+
+# Two cores, tiny models: more threads only wait for each other. PASSIVE lets a waiting thread sleep.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+# Nothing here may reach for a model hub.
+export HF_HUB_OFFLINE ?= 1
+TEST_ENV := OMP_NUM_THREADS=1
+# Tests of one file share their fixtures (a database, a trained model): loadfile keeps a file on one process.
+PYTEST := $(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+
+help: ## List the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv and install requirements.lock and this project into it
+
+$(READY):
+	@PYTHON=$(PYTHON) scripts/setup $@
+
+services: ## Install Redis and PostgreSQL by apt where they are missing (the tests start private ones)
+	@scripts/services
+
+test: setup services ## Run the tests (TESTS=tests/store for a part, ARGS="-k name" for pytest)
+	$(PYTEST) -m "not long" $(ARGS) $(TESTS)
+
+test-all: setup services ## Run the tests and those marked long
+	$(PYTEST) $(ARGS) $(TESTS)
+
+demo: setup ## Teach a small model facts, make it forget chemistry, print the table (TWIN=1 adds the retrained twin)
+	$(BIN)/python examples/demo.py $(if $(filter 1,$(TWIN)),--twin) $(ARGS)
+
+serve: setup ## Start the whole service on this machine, on loopback (seuf up)
+	$(BIN)/seuf up $(ARGS)
+
+benchmark: setup ## Run one benchmark: NAME=x runs benchmarks/x.py
+	@test -f "benchmarks/$(NAME).py" || { echo "make benchmark NAME=x, where x is one of:" \
+	  $$(find benchmarks -name '[a-z]*.py' -printf '%f ' | sed 's/\.py//g'); exit 2; }
+	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+lint: setup ## Check style (ruff), and that no tracked file names a machine path or a registry
+	$(BIN)/ruff check .
+	git ls-files -z | xargs -0 $(BIN)/python scripts/refuse_addresses.py
+
+format: setup ## Apply ruff's safe fixes
+	$(BIN)/ruff check --fix .
+
+types: setup ## Check types (mypy, strict)
+	$(BIN)/mypy
+
+contract: setup ## Check which package may import which (import-linter)
+	$(BIN)/lint-imports
+
+check: lint types contract test ## All that CI checks
+
+lock: ## Make requirements.lock again from pyproject.toml, in a new environment
+	PYTHON=$(PYTHON) scripts/lock
+
+hooks: setup ## Run the checks of .pre-commit-config.yaml before every commit
+	$(BIN)/pre-commit install
+
+clean: ## Remove .venv, caches and build/
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.PHONY: help setup services test test-all demo serve benchmark lint format types contract check lock hooks clean
