@@ -1,0 +1,1 @@
+"""Alembic migrations of store.tables: `python -m migrations upgrade`."""

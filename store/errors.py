@@ -1,0 +1,64 @@
+"""What the store refuses, one class per rule.
+
+The API maps each class to a problem; the worker maps them to exits.
+"""
+
+
+class StoreError(Exception):
+    """A refused act.
+
+    `code` is stable and snake_case, `message` names the offender and the rule, `fix` what to do.
+    """
+
+    code = "store_error"
+
+    def __init__(self, message: str, fix: str) -> None:
+        super().__init__(f"{message} {fix}")
+        self.message = message
+        self.fix = fix
+
+
+class NotFoundError(StoreError):
+    """No such row for this tenant (another tenant's row is not found either)."""
+
+    code = "not_found"
+
+    def __init__(self, kind: str, id_or_name: str) -> None:
+        super().__init__(f"There is no {kind} {id_or_name!r}.", f"List the {kind}s to see which exist.")
+        self.kind = kind
+
+
+class NameTakenError(StoreError):
+    """A model of that name exists already."""
+
+    code = "name_taken"
+
+
+class FileInUseError(StoreError):
+    """A file that a queued or running job still reads cannot be deleted."""
+
+    code = "file_in_use"
+
+
+class TransitionRefusedError(StoreError):
+    """The job's state does not allow this (see store.transitions.TRANSITIONS)."""
+
+    code = "transition_refused"
+
+
+class InvalidCursorError(StoreError):
+    """A list cursor that this service did not hand out."""
+
+    code = "invalid_cursor"
+
+
+class LeaseLost(StoreError):  # noqa: N818  (the name of the contract between store and worker)
+    """The caller's lease token is not the job's current one, or the job is finished: nothing was written."""
+
+    code = "lease_lost"
+
+    def __init__(self, job_id: str, token: int) -> None:
+        super().__init__(
+            f"Lease {token} of {job_id} is no longer current, so nothing was written.",
+            "Stop working on this job: another worker may hold it, or it is finished.",
+        )

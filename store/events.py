@@ -1,0 +1,40 @@
+"""The numbered events of a job: gap-free, because the number is drawn from the job's row in the same
+transaction.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from store.repository import Repository
+from store.tables import Event, Job
+
+
+class Events(Repository):
+    """Reads the events of one tenant's jobs."""
+
+    def list(self, job_id: str, after: int = 0, limit: int = 100) -> Sequence[Event]:
+        """Events of `job_id` with seq above `after`, in order.
+
+        Empty for an unknown job (ask Jobs.get first).
+        """
+        query = self._select(Event).where(Event.job_id == job_id, Event.seq > after)
+        return self.session.scalars(query.order_by(Event.seq).limit(limit)).all()
+
+
+def append(session: Session, job_id: str, type_: str, data: dict[str, Any]) -> int:
+    """Add the next event of a job; returns its seq.
+
+    The UPDATE holds the job's row until the transaction ends, so two writers take turns, a rollback gives
+    the number back,
+    and no reader sees number n + 1 before number n.
+    """
+    draw = update(Job).where(Job.id == job_id).values(event_seq=Job.event_seq + 1)
+    seq, tenant = session.execute(
+        draw.returning(Job.event_seq, Job.tenant), execution_options={"synchronize_session": False}
+    ).one()
+    session.add(Event(job_id=job_id, seq=seq, tenant=tenant, type=type_, data=data))
+    session.flush()
+    return int(seq)

@@ -1,0 +1,109 @@
+"""Jobs of one tenant: create, look, list, cancel.
+
+What workers do with them is store.leases and store.fenced.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from store import events, transitions
+from store.ids import new_id
+from store.outbox import Outbox
+from store.repository import Page, Repository
+from store.tables import Job, now
+from store.transitions import Status
+
+
+@dataclass(frozen=True)
+class SetRef:
+    """A set a job reads: the id of its file and the digest of its bytes."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a job is asked to do. `method` is fully resolved (nothing left to a preset)."""
+
+    model_id: str
+    forget: SetRef
+    method: Mapping[str, Any]
+    seed: int
+    retain: SetRef | None = None
+    evaluation: SetRef | None = None
+    metadata: Mapping[str, str] | None = None
+
+
+class Jobs(Repository):
+    """The jobs of one tenant."""
+
+    def create(self, spec: JobSpec) -> Job:
+        """A queued job, its first event and its outbox message, all in the caller's transaction."""
+        retain, evaluation = spec.retain, spec.evaluation
+        job = Job(
+            id=new_id("job"),
+            status=Status.QUEUED,
+            model_id=spec.model_id,
+            forget_file=spec.forget.file,
+            forget_sha256=spec.forget.sha256,
+            retain_file=retain.file if retain else None,
+            retain_sha256=retain.sha256 if retain else None,
+            evaluation_file=evaluation.file if evaluation else None,
+            evaluation_sha256=evaluation.sha256 if evaluation else None,
+            method=dict(spec.method),
+            seed=spec.seed,
+            meta=dict(spec.metadata or {}),
+        )
+        self._add(job)
+        events.append(self.session, job.id, "status", {"status": Status.QUEUED})
+        Outbox(self.session).add(job.id, self.tenant)
+        self.session.refresh(job)
+        return job
+
+    def get(self, job_id: str) -> Job:
+        """The job, or NotFoundError."""
+        return self._one(self._select(Job).where(Job.id == job_id), "job", job_id)
+
+    def list(
+        self,
+        cursor: str | None = None,
+        limit: int = 20,
+        status: Status | None = None,
+        model_id: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Page[Job]:
+        """Newest first; every given filter must match. `metadata`: keys whose value must equal."""
+        query = self._select(Job)
+        if status is not None:
+            query = query.where(Job.status == status)
+        if model_id is not None:
+            query = query.where(Job.model_id == model_id)
+        for key, value in (metadata or {}).items():
+            query = query.where(Job.meta[key].as_string() == value)
+        return self._page(query, Job, cursor, limit)
+
+    def request_cancel(self, job_id: str) -> Job:
+        """Cancel a job.
+
+        A queued one at once; a running one becomes `cancelling` until its worker has stopped it.
+
+        Asking again while it is cancelling or cancelled changes nothing. TransitionRefusedError when it
+        has ended otherwise.
+        """
+        # The lock makes this and a worker's claim or final write take turns (SQLite: BEGIN IMMEDIATE does).
+        locked = self._select(Job).where(Job.id == job_id).with_for_update()
+        job = self._one(locked.execution_options(populate_existing=True), "job", job_id)
+        if job.status in (Status.CANCELLING, Status.CANCELLED):
+            return job
+        after = Status.CANCELLED if job.status is Status.QUEUED else Status.CANCELLING
+        transitions.check(job.id, job.status, after)
+        job.status, job.cancel_requested = after, True
+        if after is Status.CANCELLED:
+            job.finished_at = now()
+            Outbox(self.session).settle(job.id)
+        self.session.flush()
+        events.append(self.session, job.id, "status", {"status": after})
+        self.session.refresh(job)
+        return job

@@ -1,0 +1,41 @@
+"""Bring a database to the newest schema, from wherever the package is installed."""
+
+from importlib.util import find_spec
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from store.database import Database
+
+
+def upgrade(database_url: str, revision: str = "head") -> None:
+    """Run every migration up to `revision` that the database lacks.
+
+    Safe when several processes start it at once.
+    """
+    command.upgrade(_config(database_url), revision)
+
+
+def downgrade(database_url: str, revision: str) -> None:
+    """Undo migrations down to `revision` ("base": all of them, with the data in their tables)."""
+    command.downgrade(_config(database_url), revision)
+
+
+def at_head(database: Database) -> bool:
+    """Has the database every migration this code knows of?"""
+    with database.engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+    return current == ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def _config(database_url: str | None = None) -> Config:
+    # Found, not imported: the store knows nothing of the migrations, which know its tables.
+    spec = find_spec("migrations")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    config = Config()
+    config.set_main_option("script_location", spec.submodule_search_locations[0])
+    config.attributes["url"] = database_url
+    return config

@@ -1,0 +1,97 @@
+"""Settings of every process, from the environment (SEUF_...) with defaults that run on one machine."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Read once at start.
+
+    Every field can be set by its name in upper case after SEUF_, e.g. SEUF_DATA_DIR.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SEUF_", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(Path("~/.seuf"), description="Folder of everything this service writes.")
+    database_url: str = Field(
+        "", description="sqlite:/// or postgresql:// address; default: seuf.db in data_dir."
+    )
+    artefacts_url: str = Field(
+        "", description="Local folder or fsspec address; default: artefacts in data_dir."
+    )
+    broker_url: str = Field("", description="Redis address for the celery lane; empty: the database lane.")
+    lane: Literal["", "celery", "database"] = Field(
+        "", description="How workers hear of jobs; default: celery when broker_url is set, else database."
+    )
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: int = Field(8321, ge=0, le=65535, description="Port the API listens on; 0 picks a free one.")
+    secret: SecretStr = Field(
+        SecretStr(""),
+        description="HMAC secret of the API keys; default: a file in data_dir, made on first use.",
+    )
+    lease_seconds: float = Field(
+        60, gt=0, description="A worker silent for this many seconds has lost its job."
+    )
+    heartbeat_seconds: float = Field(10, gt=0, description="Seconds between two signs of life of a worker.")
+    cancel_grace_seconds: float = Field(
+        120,
+        gt=0,
+        description="Seconds between asking an engine to stop and killing it (one step and one checkpoint).",
+    )
+    max_upload_bytes: int = Field(64 * MIB, gt=0, description="Largest upload, in bytes.")
+
+    @model_validator(mode="after")
+    def _fill(self) -> Self:
+        """Defaults that depend on other fields."""
+        data_dir = self.data_dir.expanduser().absolute()
+        filled = {
+            "data_dir": data_dir,
+            "database_url": self.database_url or f"sqlite:///{data_dir / 'seuf.db'}",
+            "artefacts_url": self.artefacts_url or str(data_dir / "artefacts"),
+            "lane": self.lane or ("celery" if self.broker_url else "database"),
+        }
+        if filled["lane"] == "celery" and not self.broker_url:
+            raise ValueError("The celery lane needs a broker. Set SEUF_BROKER_URL, or SEUF_LANE=database.")
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError(
+                "Two heartbeats must fit in one lease. "
+                "Lower SEUF_HEARTBEAT_SECONDS or raise SEUF_LEASE_SECONDS."
+            )
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
+        return self
+
+    @property
+    def work_dir(self) -> Path:
+        """Folder of the engines' work folders, one per job."""
+        return self.data_dir / "work"
+
+    def secret_bytes(self) -> bytes:
+        """The HMAC secret: SEUF_SECRET, or data_dir/secret, made with mode 0600 on first use."""
+        if given := self.secret.get_secret_value():
+            return given.encode()
+        return _secret_file(self.data_dir / "secret")
+
+
+def _secret_file(path: Path) -> bytes:
+    """Read the secret at `path`; make it first if it is not there. Safe when two processes start at once."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        try:
+            os.link(draft, path)  # fails if the other process was first: then its secret is the secret
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    return path.read_bytes()
