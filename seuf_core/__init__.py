@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from seuf_core.pipeline import UnlearnResult as UnlearnResult
     from seuf_core.pipeline import unlearn as unlearn
 
-__all__ = ["Method", "UnlearnResult", "unlearn"]
+__all__ = ["Method", "UnlearnResult", "__version__", "unlearn"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

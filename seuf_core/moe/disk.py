@@ -1,0 +1,41 @@
+"""From a model in memory to the names and shapes of its tensors on disk.
+
+transformers 5 fuses the experts of a layer while loading; on disk every expert has tensors of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from seuf_core.moe.view import MoEView, expert_parameters
+
+
+def expert_tensors(view: MoEView, layer: int, experts: Iterable[int]) -> dict[str, torch.Tensor]:
+    """Disk name -> tensor of the given experts, as the model holds them now (views, not copies).
+
+    gate and up [I, H], down [H, I].
+    """
+    tensors = {}
+    for expert in experts:
+        names, rows = view.family.expert_names(layer, expert), expert_parameters(view.layer(layer), expert)
+        tensors[names.gate], tensors[names.up] = rows["gate_up_proj"].chunk(2, dim=0)
+        tensors[names.down] = rows["down_proj"]
+    return tensors
+
+
+def router_tensors(view: MoEView, layers: Iterable[int]) -> dict[str, torch.Tensor]:
+    """Disk name -> router weight [E, H] of the given layers."""
+    return {view.family.router_name(layer): view.layer(layer).router.weight.data for layer in layers}
+
+
+def all_tensors(view: MoEView) -> dict[str, torch.Tensor]:
+    """Every parameter of the model under its disk name; tied parameters once."""
+    tensors = router_tensors(view, view.layer_indices)
+    inside = {id(layer.router.weight) for layer in view.layers}
+    for layer in view.layers:
+        tensors |= expert_tensors(view, layer.index, range(view.num_experts))
+        inside |= {id(parameter) for parameter in layer.experts.parameters()}
+    others = {name: p.data for name, p in view.model.named_parameters() if id(p) not in inside}
+    return others | tensors

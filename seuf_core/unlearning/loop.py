@@ -1,0 +1,142 @@
+"""The training loop: one learning rate from the base weights to the best step, resumable at any step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seuf_core.data.batches import batch_indices
+from seuf_core.errors import Cancelled
+from seuf_core.method import Method
+from seuf_core.observer import Observer
+from seuf_core.unlearning.objectives import Objective, Terms
+from seuf_core.unlearning.rule import Look, Quality, best
+from seuf_core.unlearning.scopes import Trainable, Values, assign, snapshot
+from seuf_core.unlearning.state import TrainingState, moments_of, restore_moments
+
+# A run whose retain drop passes this many times the bound (and at least this much) does not come back.
+COLLAPSE_FACTOR, COLLAPSE_DROP = 5.0, 0.2
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One learning rate tried: all looks, the best within the bound (step 0 if nothing else) and its values."""
+
+    learning_rate: float
+    looks: tuple[Look, ...]
+    best: Look
+    values: Values
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every rung of a job shares.
+
+    sizes: number of forget and retain training examples. base: selection figures before training.
+    evaluate: selection figures of the model with the parameters attached.
+    fingerprint: names inputs and method; a training checkpoint of another fingerprint is ignored.
+    """
+
+    method: Method
+    trainable: Trainable
+    initial: Values
+    objective: Objective
+    evaluate: Callable[[], Quality]
+    base: Quality
+    sizes: tuple[int, int]
+    work: Path
+    fingerprint: str
+    observer: Observer
+
+
+def train_rung(run: Run, rung: int, learning_rate: float) -> RungResult:
+    """Train from the base weights at one constant rate, look every `evaluate_every` steps, keep the best step.
+
+    Raises:
+        Cancelled: when the observer asks for it, after a training checkpoint.
+    """
+    leaves = run.trainable.named_parameters()
+    # Weight decay moves weights that have no gradient, so it is 0 (docs/explanation/method.md).
+    optimizer = torch.optim.AdamW(leaves.values(), lr=learning_rate, weight_decay=0.0)
+    path = run.work / f"rung-{rung}.safetensors"
+    fingerprint = f"{run.fingerprint}/{learning_rate!r}"
+    state = TrainingState.load(path, fingerprint) or _start(run)
+    assign(run.trainable, state.values)
+    restore_moments(optimizer, leaves, state.moments)
+    with run.trainable.attached():
+        while not state.finished:
+            terms = _step(run, optimizer, state.step)
+            state.step += 1
+            _report(run, rung, learning_rate, state.step, terms)
+            if state.step % run.method.evaluate_every == 0 or state.step == run.method.steps:
+                _look(run, rung, state)
+            if state.finished or state.step % run.method.evaluate_every == 0 or run.observer.cancelled():
+                state.values, state.moments = snapshot(run.trainable), moments_of(optimizer, leaves)
+                state.save(path, fingerprint)
+            if run.observer.cancelled() and not state.finished:
+                raise Cancelled
+    looks = tuple(Look.from_dict(fields) for fields in state.looks)
+    return RungResult(learning_rate, looks, _best(looks, run.method), state.best_values)
+
+
+def _start(run: Run) -> TrainingState:
+    first = Look(0, run.base, 0.0)
+    return TrainingState(0, run.initial, {}, run.initial, [first.as_dict()])
+
+
+def _best(looks: tuple[Look, ...], method: Method) -> Look:
+    chosen = best(looks, method.max_retain_drop)
+    return chosen if chosen is not None else looks[0]
+
+
+def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms:
+    method, (num_forget, num_retain) = run.method, run.sizes
+    forget = batch_indices(num_forget, method.batch_size, method.seed, step)
+    retain = batch_indices(num_retain, method.batch_size, method.seed + 1, step) if num_retain else []
+    optimizer.zero_grad(set_to_none=True)
+    terms = run.objective(forget, retain)
+    terms.total(method).backward()
+    optimizer.step()
+    return terms
+
+
+def _report(run: Run, rung: int, learning_rate: float, step: int, terms: Terms) -> None:
+    method = run.method
+    run.observer.phase("unlearning", rung * method.steps + step, len(method.ladder) * method.steps)
+    run.observer.event(
+        "step",
+        {
+            "rung": rung,
+            "learning_rate": learning_rate,
+            "step": step,
+            "loss": float(terms.total(method)),
+            "forget_loss": float(terms.forget),
+            "retain_loss": float(terms.retain),
+            "anchor": float(terms.anchor),
+        },
+    )
+
+
+def _look(run: Run, rung: int, state: TrainingState) -> None:
+    quality = run.evaluate()
+    look = Look(state.step, quality, quality.retain_drop(run.base))
+    state.looks.append(look.as_dict())
+    looks = tuple(Look.from_dict(fields) for fields in state.looks)
+    is_best = _best(looks, run.method) == look
+    if is_best:
+        state.best_values = snapshot(run.trainable)
+    collapsed = _collapsed(look, run.method)
+    state.finished = collapsed or state.step >= run.method.steps
+    shown: dict[str, Any] = {"rung": rung, "best": is_best, "collapsed": collapsed, **look.as_dict()}
+    run.observer.event("look", shown)
+
+
+def _collapsed(look: Look, method: Method) -> bool:
+    """Guard: the model broke (NaN) or its retain quality is far past the bound and will not come back."""
+    bound = max(COLLAPSE_FACTOR * method.max_retain_drop, COLLAPSE_DROP)
+    return math.isnan(look.retain_drop) or look.retain_drop > bound

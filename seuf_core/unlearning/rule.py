@@ -1,0 +1,81 @@
+"""The rule that chooses a step, fixed before a run and fed with the selection part only.
+
+Among the steps whose retain drop is within the bound, take the one with the lowest forget score; ties go to the
+smaller retain drop, then to the earlier step. The forget score is floored at chance: answers that are wrong more
+often than guesses are knowledge inverted, not knowledge lost, and the rule must not prefer them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from seuf_core.evaluate.probes import EncodedProbe, ProbeScore
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Selection figures of one model: how it recognises (choice) and says (open) the two sets, in [0, 1].
+
+    `choice` is the share of right choices; for probes with a single choice, the mean answer probability.
+    """
+
+    forget_choice: float
+    forget_open: float
+    retain_choice: float
+    retain_open: float
+    chance: float
+
+    @property
+    def forget_score(self) -> float:
+        """Recognised above chance, plus said: 0 is chance and silence."""
+        return max(self.forget_choice - self.chance, 0.0) + self.forget_open
+
+    def retain_drop(self, base: Quality) -> float:
+        """The worse of the two losses against the model before training; negative when both improved."""
+        return max(base.retain_choice - self.retain_choice, base.retain_open - self.retain_open)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One evaluation during training: the step it was made after (0 = before training) and what it showed."""
+
+    step: int
+    quality: Quality
+    retain_drop: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for events and training checkpoints."""
+        return {"step": self.step, "retain_drop": self.retain_drop, **asdict(self.quality)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Look:
+        """The inverse of `as_dict`."""
+        rest = {k: v for k, v in fields.items() if k not in ("step", "retain_drop")}
+        return cls(fields["step"], Quality(**rest), fields["retain_drop"])
+
+
+def quality_of(probes: Sequence[EncodedProbe], scores: Sequence[ProbeScore]) -> Quality:
+    """Collapse probe scores to the figures of the rule; a set without probes counts as 0."""
+    figures: dict[str, float] = {"chance": 0.0}
+    for name in ("forget", "retain"):
+        members = [i for i, encoded in enumerate(probes) if encoded.probe.set == name]
+        single = any(len(probes[i].sequences) == 1 for i in members)
+        choice = [scores[i].probability if single else float(scores[i].chose_right) for i in members]
+        figures[f"{name}_choice"] = sum(choice) / max(len(members), 1)
+        figures[f"{name}_open"] = sum(scores[i].open_right for i in members) / max(len(members), 1)
+        if name == "forget" and not single:
+            figures["chance"] = sum(1 / len(probes[i].sequences) for i in members) / max(len(members), 1)
+    return Quality(**figures)
+
+
+def order(look: Look) -> tuple[float, float, int]:
+    """Sort key among the looks that are within the bound: smaller is better."""
+    return (round(look.quality.forget_score, 9), round(look.retain_drop, 9), look.step)
+
+
+def best(looks: Iterable[Look], max_retain_drop: float) -> Look | None:
+    """The chosen look, or None when none is within the bound (step 0 always is)."""
+    allowed = [look for look in looks if look.retain_drop <= max_retain_drop]
+    return min(allowed, key=order, default=None)
