@@ -16,10 +16,12 @@ from typing import Any, Final
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from api.validation import field_errors
 from seuf_core.errors import SeufError
+from store.errors import NotFoundError, StoreError
 
 MEDIA_TYPE: Final = "application/problem+json"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -98,16 +100,6 @@ def at(pointer: str, status: int, code: str, detail: str, fix: str | None = None
     return Problem(status, code, detail, fix, errors=[error])
 
 
-def not_found(kind: str, wanted: str) -> Problem:
-    """404 of a thing that is not there, or that belongs to somebody else: the two look alike on purpose."""
-    return Problem(
-        404,
-        f"{kind}_not_found",
-        f"There is no {kind} {wanted!r}.",
-        f"Look at GET /{kind}s for what there is.",
-    )
-
-
 def from_seuf_error(error: SeufError, pointer: str, status: int = 422) -> Problem:
     """A library error as a problem; `pointer` says which field of the body caused it."""
     return at(pointer, status, error.code, error.message, error.fix)
@@ -174,6 +166,35 @@ async def _validation_problem(request: Request, error: Exception) -> JSONRespons
     return respond(problem, request_id_of(request))
 
 
+_STATUS_OF: Final[dict[str, int]] = {
+    "not_found": 404,
+    "name_taken": 409,
+    "file_in_use": 409,
+    "transition_refused": 409,
+    "invalid_cursor": 422,
+}
+
+
+async def _store_problem(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StoreError)
+    status = _STATUS_OF.get(error.code)
+    if status is None:
+        return await _crash(request, error)
+    code = f"{error.kind}_not_found" if isinstance(error, NotFoundError) else error.code
+    errors = []
+    if error.code == "invalid_cursor":
+        errors = [FieldError(error.code, error.message, parameter="cursor", fix=error.fix)]
+    return respond(Problem(status, code, error.message, error.fix, errors=errors), request_id_of(request))
+
+
+async def _unstorable(request: Request, _error: Exception) -> JSONResponse:
+    """A value in the address that the database refuses as text, such as %00."""
+    problem = Problem(
+        422, "invalid_text", "The address has a character that no id or name has.", "Remove it."
+    )
+    return respond(problem, request_id_of(request))
+
+
 async def _crash(request: Request, error: Exception) -> JSONResponse:
     request_id = request_id_of(request)
     log.error("request %s %s %s crashed", request_id, request.method, request.url.path, exc_info=error)
@@ -190,4 +211,6 @@ def install(app: FastAPI) -> None:
     """Register the handlers that make every error a problem document."""
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _validation_problem)
+    app.add_exception_handler(StoreError, _store_problem)
+    app.add_exception_handler(DataError, _unstorable)
     app.add_exception_handler(Exception, _crash)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -18,9 +17,9 @@ CHUNK: Final = 1 << 20
 
 @dataclass(frozen=True)
 class ServedFile:
-    """A file whose digest is known; `bytes` is its size, `sha256` hexadecimal."""
+    """A file whose digest is known: `open` gives it (seekable), `bytes` is its size, `sha256` hexadecimal."""
 
-    path: Path
+    open: Callable[[], BinaryIO]
     name: str
     bytes: int
     sha256: str
@@ -62,7 +61,7 @@ def serve(request: Request, file: ServedFile) -> Response:
     if span is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.bytes}"
     headers["Content-Length"] = str(end - start)
-    return StreamingResponse(_read(file.path, start, end), status, headers=headers, media_type=media_type)
+    return StreamingResponse(_read(file, start, end), status, headers=headers, media_type=media_type)
 
 
 def _names(if_none_match: str | None, etag: str) -> bool:
@@ -112,8 +111,8 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
-def _read(path: Path, start: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as stream:
+def _read(file: ServedFile, start: int, end: int) -> Iterator[bytes]:
+    with file.open() as stream:
         stream.seek(start)
         left = end - start
         while left and (chunk := stream.read(min(CHUNK, left))):

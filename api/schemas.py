@@ -6,11 +6,13 @@ from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     JsonValue,
     PlainSerializer,
+    field_validator,
     model_validator,
 )
 
@@ -36,6 +38,16 @@ _SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 _TIME = "2026-11-24T06:00:00.000Z"
 
 
+def _storable(text: str) -> str:
+    """JSON can spell characters that no database takes: U+0000, and halves of a surrogate pair."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text has a NUL or half a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+
+
 class Body(BaseModel):
     """A request body: a field it does not know is an error, never ignored."""
 
@@ -51,7 +63,7 @@ class Answer(BaseModel):
 class ListQuery(Body):
     """The query of a list."""
 
-    cursor: str | None = Field(None, max_length=200, description="`next` of the page before this one.")
+    cursor: Text | None = Field(None, max_length=200, description="`next` of the page before this one.")
     limit: int = Field(20, ge=1, le=100, description="Entries on a page.")
 
 
@@ -106,7 +118,14 @@ class ModelCreate(Body):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="Your name for it, unique; usable instead of the id.",
     )
-    path: str = Field(min_length=1, max_length=4096, description="Absolute path of the model folder.")
+    path: Text = Field(min_length=1, max_length=4096, description="Absolute path of the model folder.")
+
+    @field_validator("name")
+    @classmethod
+    def _not_an_id(cls, name: str) -> str:
+        if name.startswith("model_"):
+            raise ValueError("a name must not start with model_, as ids do")
+        return name
 
 
 class Model(Answer):
@@ -162,7 +181,7 @@ class ExampleSet(Body):
             ]
         }
     )
-    file: str | None = Field(None, description="Id of an uploaded file with this purpose.", max_length=64)
+    file: Text | None = Field(None, description="Id of an uploaded file with this purpose.", max_length=64)
     examples: list[dict[str, JsonValue]] | None = Field(
         None,
         min_length=1,
@@ -177,7 +196,7 @@ class ExampleSet(Body):
 
 
 Metadata = Annotated[
-    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]],
+    dict[Annotated[Text, Field(min_length=1, max_length=64)], Annotated[Text, Field(max_length=512)]],
     Field(max_length=16),
 ]
 
@@ -198,7 +217,7 @@ class JobCreate(Body):
             ]
         }
     )
-    model: str = Field(min_length=1, max_length=64, description="Id or name of a registered model.")
+    model: Text = Field(min_length=1, max_length=64, description="Id or name of a registered model.")
     forget_set: ExampleSet
     retain_set: ExampleSet | None = Field(None, description="What must stay; most methods need it.")
     evaluation_set: ExampleSet | None = Field(
@@ -252,7 +271,7 @@ class Job(Answer):
     forget_set: str = Field(examples=[FILE_ID])
     retain_set: str | None
     evaluation_set: str | None
-    method: Method = Field(description="Complete: every field as the job uses it.")
+    method: dict[str, Any] = Field(description="The complete Method: every field as the job uses it.")
     seed: int
     metadata: dict[str, str]
     cancel_requested: bool
@@ -269,7 +288,7 @@ class JobQuery(ListQuery):
     """The query of the job list."""
 
     status: Status | None = Field(None, description="Only jobs in this state.")
-    model: str | None = Field(None, max_length=64, description="Only jobs on this model (id or name).")
+    model: Text | None = Field(None, max_length=64, description="Only jobs on this model (id or name).")
 
 
 class Event(Answer):

@@ -1,0 +1,69 @@
+"""`create_app`: the parts of the service put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from fastapi import FastAPI
+
+from api import checkpoints, events, files, health, jobs, models, problems
+from api.auth import KeyMiddleware
+from api.context import Service
+from api.docs import openapi_with_problems
+from api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from api.settings import ApiSettings
+from store.artefacts import Artefacts
+from store.database import Database
+from store.settings import Settings
+
+# Three inline sets and the rest of a job around them.
+JSON_BYTES: Final = 3 * jobs.INLINE_BYTES + (1 << 18)
+_ABOUT: Final = """A service that makes Mixture-of-Experts language models forget.
+
+Upload a forget set, submit a job, follow it, download a checkpoint with measured evidence of what it forgets
+and what it keeps. Every error is a problem document (RFC 9457) with a stable `code`; lists are cursor pages.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The API on the database and the storage of `settings`; the database must be migrated already."""
+    full = settings if isinstance(settings, ApiSettings) else ApiSettings(**settings.model_dump())
+    service = Service(full, Database(full.database_url), Artefacts(full.artefacts_url))
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.database.dispose()
+
+    app = FastAPI(
+        title="seuf",
+        version=health.service_version(),
+        description=_ABOUT,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    problems.install(app)
+    # The last one added is the first to see a request: the id, then the key, then the size.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=JSON_BYTES, except_path="/files")
+    app.add_middleware(KeyMiddleware, database=service.database, secret=full.secret_bytes())
+    app.add_middleware(RequestIdMiddleware)
+    app.include_router(health.public)
+    for part in (files, models, jobs, events, checkpoints, health):
+        app.include_router(part.router)
+    _describe(app)
+    return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Put our error shape into the OpenAPI document, once."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi_with_problems(plain())
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document

@@ -1,0 +1,110 @@
+"""Is the process alive, is every part of the service there, and what can this service do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, get_args
+
+from fastapi import APIRouter, Response
+
+from api import schemas
+from api.context import Service, TheCaller, TheService
+from api.docs import problems
+from api.jobs import INLINE_BYTES
+from seuf_core import method
+from seuf_core.data.records import Limits
+from seuf_core.families import FAMILIES
+from store import migrate
+
+public = APIRouter(tags=["service"])
+router = APIRouter(tags=["service"])
+
+
+def service_version() -> str:
+    """The version of the installed package; "0+source" when it runs from a checkout that is not installed."""
+    try:
+        return version("seuf")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+@public.get("/healthz")
+def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok", "version": service_version()}
+
+
+@public.get("/readyz", responses={503: {"model": schemas.Readiness, "description": "A part does not work."}})
+def readyz(service: TheService, response: Response) -> schemas.Readiness:
+    """Whether each part works: database at its newest migration, storage writable, broker if one is set."""
+    checks: dict[str, Callable[[Service], str]] = {"database": _database, "storage": _storage}
+    if service.settings.broker_url:
+        checks["broker"] = _broker
+    parts = {name: _try(check, service) for name, check in checks.items()}
+    ready = all(part.ok for part in parts.values())
+    if not ready:
+        response.status_code = 503
+    return schemas.Readiness(status="ready" if ready else "unready", parts=parts)
+
+
+def _try(check: Callable[[Service], str], service: Service) -> schemas.PartHealth:
+    try:
+        return schemas.PartHealth(ok=True, detail=check(service))
+    except _Unready as reason:
+        return schemas.PartHealth(ok=False, detail=str(reason))
+    except Exception as error:  # whatever a part throws, readiness is the answer, never a crash
+        # The class only: the text of a driver's error can hold an address with a password.
+        return schemas.PartHealth(ok=False, detail=f"{type(error).__name__}; the service's log has more")
+
+
+class _Unready(Exception):  # noqa: N818  (a finding, not a fault)
+    """A part answers, but is not as it must be."""
+
+
+def _database(service: Service) -> str:
+    if not migrate.at_head(service.database):
+        raise _Unready("not at the newest migration; run `python -m migrations upgrade`")
+    return f"{service.database.url.get_backend_name()}, at the newest migration"
+
+
+def _storage(service: Service) -> str:
+    key = "health/probe"
+    with service.artefacts.open_write(key) as out:
+        out.write(b"ok")
+    with service.artefacts.open_read(key) as stored:
+        if stored.read() != b"ok":
+            raise _Unready("what was written reads back differently")
+    return "written and read back"
+
+
+def _broker(service: Service) -> str:
+    from redis import Redis  # only where a broker is set: the embedded mode does not install it
+
+    with Redis.from_url(service.settings.broker_url, socket_connect_timeout=2, socket_timeout=2) as redis:
+        redis.ping()
+    return "answers"
+
+
+@router.get("/capabilities", responses=problems())
+def capabilities(service: TheService, _caller: TheCaller) -> dict[str, Any]:
+    """What this service can do: architectures, the choices of a method with their presets, and its limits."""
+    limits = Limits(max_bytes=service.settings.max_upload_bytes)
+    return {
+        "version": service_version(),
+        "architectures": sorted(FAMILIES),
+        "presets": method.PRESETS,
+        "objectives": list(get_args(method.Objective)),
+        "scopes": list(get_args(method.Scope)),
+        "attributions": list(get_args(method.Attribution)),
+        "router_modes": list(get_args(method.RouterMode)),
+        "retain_losses": list(get_args(method.RetainLoss)),
+        "lane": service.settings.lane,
+        "limits": {
+            "upload_bytes": limits.max_bytes,
+            "line_bytes": limits.max_line_bytes,
+            "examples": limits.max_examples,
+            "inline_bytes": INLINE_BYTES,
+        },
+        "method_schema": method.Method.model_json_schema(),
+    }

@@ -1,0 +1,247 @@
+"""Jobs: submit, look, list, cancel, and what a job found and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import JsonValue
+from sqlalchemy.orm import Session
+
+from api import files, schemas, views
+from api.context import TheCaller, TheService
+from api.docs import problems
+from api.problems import FieldError, Problem, at
+from seuf_core.data.records import FileSummary, Limits, Purpose, RecordReader
+from seuf_core.method import Method
+from store.audit import Audit
+from store.errors import NotFoundError
+from store.files import Files, artefact_key
+from store.jobs import Jobs, JobSpec, SetRef
+from store.models import Models
+from store.results import Results
+from store.transitions import FINAL, Status
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+INLINE_BYTES: Final = 1 << 20
+POLL_SECONDS: Final = 2  # what Retry-After tells a poller; a step takes about as long
+SETS: Final[tuple[Purpose, ...]] = ("forget", "retain", "evaluation")
+
+
+@router.post("", status_code=202, responses=problems(400, 413, 422))
+def submit_job(
+    body: schemas.JobCreate, response: Response, service: TheService, caller: TheCaller
+) -> schemas.Job:
+    """Start a job. Answers at once; poll `links.self` or follow `links.events`.
+
+    The method is completed from its preset now and stored with the job: what this answer shows is what runs.
+    """
+    _check_needs_retain(body)
+    inline = _checked_inline(body)
+    placed = {purpose: files.place(service, io.BytesIO(content)) for purpose, (_, content) in inline.items()}
+    try:
+        with service.database.write() as session:
+            sets = {
+                purpose: SetRef(file_id, inline[purpose][0].sha256) for purpose, file_id in placed.items()
+            }
+            for purpose, file_id in placed.items():
+                files.record(session, caller, file_id, inline[purpose][0], f"inline-{purpose}.jsonl")
+            row = Jobs(session, caller.tenant).create(_spec(body, session, caller.tenant, sets))
+            Audit(session, caller.tenant).record(caller.key_id, "job.create", row.id)
+    except BaseException:
+        for file_id in placed.values():
+            service.artefacts.delete(artefact_key(file_id))
+        raise
+    response.headers["Location"] = f"/jobs/{row.id}"
+    response.headers["Retry-After"] = str(POLL_SECONDS)
+    return views.job(row)
+
+
+def _check_needs_retain(body: schemas.JobCreate) -> None:
+    if body.method.needs_retain and body.retain_set is None:
+        method: Method = body.method
+        why = (
+            f"retain_loss {method.retain_loss}"
+            if method.retain_loss != "none"
+            else f"attribution {method.attribution}"
+        )
+        raise at(
+            "/retain_set",
+            422,
+            "retain_set_needed",
+            f"This method ({why}) needs a retain set and the job has none.",
+            'Add retain_set, or use {"objective": "gradient_ascent", "attribution": "affinity"}.',
+        )
+
+
+def _checked_inline(body: schemas.JobCreate) -> dict[Purpose, tuple[FileSummary, bytes]]:
+    """The examples given inside the body, checked like an upload, as the bytes of a file."""
+    checked: dict[Purpose, tuple[FileSummary, bytes]] = {}
+    for purpose in SETS:
+        given: schemas.ExampleSet | None = getattr(body, f"{purpose}_set")
+        if given is not None and given.examples is not None:
+            checked[purpose] = _check_inline(purpose, given.examples)
+    return checked
+
+
+def _check_inline(purpose: Purpose, examples: list[dict[str, JsonValue]]) -> tuple[FileSummary, bytes]:
+    pointer = f"/{purpose}_set/examples"
+    # surrogatepass: half a surrogate pair then fails the validator's UTF-8 check, with its place.
+    lines = (json.dumps(example, ensure_ascii=False).encode("utf-8", "surrogatepass") for example in examples)
+    content = b"".join(line + b"\n" for line in lines)
+    if len(content) > INLINE_BYTES:
+        raise at(
+            pointer,
+            413,
+            "examples_too_large",
+            f"Inline examples are limited to {INLINE_BYTES} bytes; these have {len(content)}.",
+            f'Upload them with POST /files and give {{"file": id}} in {purpose}_set.',
+        )
+    reader = RecordReader(purpose, Limits(max_bytes=INLINE_BYTES))
+    reader.feed(content)
+    summary = reader.finish()
+    if not summary.ok:
+        errors = [
+            FieldError(
+                code=e.code, detail=e.message, pointer=f"{pointer}/{e.line - 1}" if e.line else pointer
+            )
+            for e in summary.errors
+        ]
+        first = errors[0]
+        raise Problem(
+            422,
+            "invalid_examples",
+            f"{first.pointer}: {first.detail}",
+            "Correct these examples.",
+            errors=errors,
+        )
+    return summary, content
+
+
+def _spec(body: schemas.JobCreate, session: Session, tenant: str, stored: dict[Purpose, SetRef]) -> JobSpec:
+    """The job with every name looked up, or 422 with a pointer to the one that is not there."""
+    sets = {purpose: stored.get(purpose) or _uploaded(body, purpose, session, tenant) for purpose in SETS}
+    forget = sets["forget"]
+    assert forget is not None  # required by the schema
+    return JobSpec(
+        model_id=_model_id(body.model, session, tenant),
+        forget=forget,
+        retain=sets["retain"],
+        evaluation=sets["evaluation"],
+        method=body.method.model_dump(mode="json"),
+        seed=body.method.seed,
+        metadata=body.metadata,
+    )
+
+
+def _model_id(id_or_name: str, session: Session, tenant: str) -> str:
+    try:
+        return Models(session, tenant).get(id_or_name).id
+    except NotFoundError as error:
+        raise at(
+            "/model",
+            422,
+            "unknown_model",
+            error.message,
+            "Register it with POST /models, or see GET /models.",
+        ) from error
+
+
+def _uploaded(body: schemas.JobCreate, purpose: Purpose, session: Session, tenant: str) -> SetRef | None:
+    given: schemas.ExampleSet | None = getattr(body, f"{purpose}_set")
+    if given is None or given.file is None:
+        return None
+    pointer = f"/{purpose}_set/file"
+    try:
+        row = Files(session, tenant).get(given.file)
+    except NotFoundError as error:
+        raise at(
+            pointer, 422, "unknown_file", error.message, "Upload it with POST /files, or see GET /files."
+        ) from error
+    if row.purpose != purpose:
+        raise at(
+            pointer,
+            422,
+            "wrong_purpose",
+            f"{row.id} was uploaded as {row.purpose}, not as {purpose}.",
+            f"Upload it again with purpose={purpose}, or name another file.",
+        )
+    return SetRef(row.id, row.sha256)
+
+
+@router.get("", responses=problems(422))
+def list_jobs(
+    service: TheService, caller: TheCaller, query: Annotated[schemas.JobQuery, Query()]
+) -> schemas.Page[schemas.Job]:
+    """The jobs, newest first."""
+    with service.database.read() as session:
+        model_id = None
+        if query.model is not None:
+            try:
+                model_id = Models(session, caller.tenant).get(query.model).id
+            except NotFoundError:
+                return schemas.Page(data=[], has_more=False, next=None)
+        status = Status(query.status) if query.status is not None else None
+        page = Jobs(session, caller.tenant).list(query.cursor, query.limit, status, model_id)
+    return views.page(page, views.job)
+
+
+@router.get(
+    "/{job_id}", response_model=schemas.Job, responses={304: {"description": "Unchanged."}, **problems(404)}
+)
+def get_job(job_id: str, request: Request, service: TheService, caller: TheCaller) -> Response:
+    """One job. To poll: send the ETag back as If-None-Match, and wait Retry-After seconds between looks."""
+    with service.database.read() as session:
+        row = Jobs(session, caller.tenant).get(job_id)
+    content = views.job(row).model_dump_json().encode()
+    # Weak: it says that the same facts are shown, not how they are written.
+    etag = f'W/"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if row.status not in FINAL:
+        headers["Retry-After"] = str(POLL_SECONDS)
+    seen = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag in seen:
+        return Response(status_code=304, headers=headers)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+@router.post("/{job_id}/cancel", status_code=202, responses=problems(404, 409))
+def cancel_job(job_id: str, service: TheService, caller: TheCaller) -> schemas.Job:
+    """Cancel a job: a queued one at once, a running one becomes `cancelling` until its worker has stopped it.
+
+    Asking twice is harmless; a job that has ended otherwise cannot be cancelled (409).
+    """
+    with service.database.write() as session:
+        row = Jobs(session, caller.tenant).request_cancel(job_id)
+        Audit(session, caller.tenant).record(caller.key_id, "job.cancel", job_id)
+    return views.job(row)
+
+
+@router.get("/{job_id}/attribution", responses=problems(404))
+def get_attribution(job_id: str, service: TheService, caller: TheCaller) -> schemas.Attribution:
+    """Which expert serves the forget set: the score of each, and the ones the job trains."""
+    with service.database.read() as session:
+        Jobs(session, caller.tenant).get(job_id)
+        results = Results(session, caller.tenant)
+        row, selection = results.attribution(job_id), list(results.selection(job_id))
+    if row is None:
+        raise Problem(
+            404,
+            "attribution_not_there",
+            f"{job_id} has no attribution yet.",
+            "It comes with the phase `attributing`; look again then.",
+        )
+    return views.attribution(row, selection)
+
+
+@router.get("/{job_id}/metrics", responses=problems(404))
+def get_metrics(job_id: str, service: TheService, caller: TheCaller) -> schemas.Metrics:
+    """What was measured so far, before and after; empty until the first measurement."""
+    with service.database.read() as session:
+        Jobs(session, caller.tenant).get(job_id)
+        rows = Results(session, caller.tenant).metrics(job_id)
+        return schemas.Metrics(job=job_id, data=[views.metric(row) for row in rows])
