@@ -281,7 +281,7 @@ def test_splits_are_fixed_seeded_and_of_the_right_size():
     assert first != [split_of(fact, 1) for fact in facts]
     for name, share in zip(("train", "selection", "test"), (0.5, 0.2, 0.3), strict=True):
         assert abs(first.count(name) / 5000 - share) < 0.02  # three standard errors of .5 at n = 5000
-    # By `printf 0:a | sha256sum` and so on: .617, .876, .742, .491. Another rule would leak test facts into training.
+    # From `printf 0:a | sha256sum` and so on: .617, .876, .742, .491. A new rule would train on test facts.
     assert [split_of(fact, 0) for fact in "abcd"] == ["selection", "test", "test", "train"]
     assert {split_of(fact, 0, (0, 0, 1)) for fact in facts} == {"test"}
     with pytest.raises(ValueError, match="sum to 1"):
