@@ -38,9 +38,7 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
-def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int
-) -> Encoded:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> Encoded:
     """Tokens of the prompt, then of the completion, each tokenised by itself so that the boundary never moves.
 
     The prompt gets the tokenizer's own special tokens at its start (a BOS, where the model has one). Without a
