@@ -2,7 +2,8 @@
 
 usage: python scripts/image_requirements.py edge|engine
 edge: what the API, the dispatcher and the migrations need. engine: all of it, for the worker's image.
-The edge image is small because it has no torch; tests/house/test_imports.py shows that its programs start without.
+The edge image is small because it has no torch; tests/house/test_imports.py shows that its programs
+start without.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Refuse files that name a path of somebody's machine or the address of a package registry.
 
 usage: python scripts/refuse_addresses.py FILE...
-Both break on the next machine: a path that is not there, a registry that is not reached. Where a registry must be
-named (a build argument, pip's own settings) the person who runs the build gives it.
+Both break on the next machine: a path that is not there, a registry that is not reached. Where a registry
+must be named (a build argument, pip's own settings) the person who runs the build gives it.
 """
 
 import re
@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 RULES: dict[str, re.Pattern[str]] = {
-    "a path of one machine": re.compile(r"(?<![\w}.*)/-])/(?:work|root|home/\w+|Users/\w+)/|/tmp/\w|(?<!\w)\.librar[y]\b"),
+    "a path of one machine": re.compile(
+        r"(?<![\w}.*)/-])/(?:work|root|home/\w+|Users/\w+)/|/tmp/\w|(?<!\w)\.librar[y]\b"
+    ),
     "a registry's address": re.compile(
         r"\b(?:pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs\.org|registry\.yarnpkg\.com"
         r"|proxy\.golang\.org|index\.crates\.io|static\.crates\.io|deb\.debian\.org)"
@@ -19,7 +21,7 @@ RULES: dict[str, re.Pattern[str]] = {
 
 
 def offences(path: Path) -> list[str]:
-    """Every line of `path` that breaks a rule, as "path:line: rule: match". Files that are not UTF-8 text have none."""
+    """Every line of `path` that breaks a rule, as "path:line: rule: match"; none if it is not text."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""requirements.lock: exact versions that any machine can install, of everything that pyproject.toml asks for."""
+"""requirements.lock: exact versions, for any machine, of everything that pyproject.toml asks for."""
 
 import re
 import tomllib
@@ -10,7 +10,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PINS = [
-    line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    line
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 GROUPS = {"main": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
@@ -35,4 +37,6 @@ def test_every_requirement_is_pinned_within_its_range(group: str) -> None:
     for requirement in map(Requirement, GROUPS[group]):
         version = pinned.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement} is not in requirements.lock: run `make lock`"
-        assert requirement.specifier.contains(version), f"the lock has {version}, {requirement} is asked: run `make lock`"
+        assert requirement.specifier.contains(version), (
+            f"the lock has {version}, {requirement} is asked: run `make lock`"
+        )

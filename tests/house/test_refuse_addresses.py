@@ -14,7 +14,9 @@ SLASH = "/"
 
 def run(*files: Path | str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "scripts" / "refuse_addresses.py"
-    return subprocess.run([sys.executable, str(script), *map(str, files)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, files)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,11 +36,18 @@ def test_an_offending_line_is_named(tmp_path: Path, line: str) -> None:
     file.write_text(f"fine\n{line}\n")
     result = run(file)
     assert result.returncode == 1
-    assert f"offender.txt:2: " in result.stdout
+    assert "offender.txt:2: " in result.stdout
 
 
 @pytest.mark.parametrize(
-    "line", ["DATA_DIR/work/<job id>", "{data_dir}/work/{job_id}", "https://arxiv.org/abs/2411.18797", "tmpfs: /tmp", "/data"]
+    "line",
+    [
+        "DATA_DIR/work/<job id>",
+        "{data_dir}/work/{job_id}",
+        "https://arxiv.org/abs/2411.18797",
+        "tmpfs: /tmp",
+        "/data",
+    ],
 )
 def test_an_innocent_line_passes(tmp_path: Path, line: str) -> None:
     file = tmp_path / "innocent.txt"
