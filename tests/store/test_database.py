@@ -1,0 +1,117 @@
+"""The two kinds of transaction, on both databases."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from sqlalchemy import inspect, select, text
+from sqlalchemy.exc import IntegrityError, StatementError
+
+from store.database import Database, utc_now
+from store.models import Models
+from store.tables import Base, Event, Model
+from tests.seeds import add_job, add_model, get_job
+
+
+def test_write_commits_and_a_raising_block_does_not(database: Database) -> None:
+    kept = add_model(database)
+    with pytest.raises(RuntimeError, match="no"), database.write() as session:  # noqa: PT012
+        Models(session).create("lost", "/p", "d", {})
+        raise RuntimeError("no")
+    with database.read() as session:
+        assert [model.id for model in session.scalars(select(Model))] == [kept]
+
+
+def test_what_a_read_writes_is_gone(database: Database) -> None:
+    with database.read() as session:
+        Models(session).create("lost", "/p", "d", {})
+    with database.read() as session:
+        assert session.scalars(select(Model)).all() == []
+
+
+def test_rows_stay_usable_after_their_transaction(database: Database) -> None:
+    job = get_job(database, add_job(database))
+    assert job.status == "queued"
+    assert job.created_at.tzinfo is UTC
+    assert abs(job.created_at - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+def test_times_come_back_in_utc_and_naive_ones_are_refused(database: Database) -> None:
+    model_id = add_model(database)
+    moment = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=2)))
+    with database.write() as session:
+        session.get_one(Model, model_id).created_at = moment
+    with database.read() as session:
+        back = session.get_one(Model, model_id).created_at
+        assert back == moment
+        assert back.utcoffset() == timedelta(0)
+    with pytest.raises(StatementError, match="without a zone"), database.write() as session:
+        session.get_one(Model, model_id).created_at = datetime(2026, 1, 2)
+
+
+def test_the_clock_moves_inside_a_transaction(database: Database) -> None:
+    with database.read() as session:
+        first, second = utc_now(session), utc_now(session)
+        assert first < second
+        assert abs(first - datetime.now(UTC)) < timedelta(seconds=5)
+
+
+def test_foreign_keys_hold(database: Database) -> None:
+    with pytest.raises(IntegrityError), database.write() as session:
+        session.add(Event(job_id="job_nobody", seq=1, tenant="default", type="x", data={}))
+
+
+def test_writers_that_read_first_take_turns(database: Database) -> None:
+    """The SQLite trap: read, then write, in two transactions at once.
+
+    BEGIN IMMEDIATE makes the second one wait.
+    """
+    job_id = add_job(database)
+    barrier, failures = threading.Barrier(4), []
+
+    def raise_by_25() -> None:
+        barrier.wait()
+        for _ in range(25):
+            try:
+                with database.write() as session:
+                    row = session.execute(
+                        text("SELECT attempts FROM jobs WHERE id = :id" + _lock(database)), {"id": job_id}
+                    ).one()
+                    session.execute(
+                        text("UPDATE jobs SET attempts = :n WHERE id = :id"), {"n": row[0] + 1, "id": job_id}
+                    )
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=raise_by_25) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert get_job(database, job_id).attempts == 100
+
+
+def _lock(database: Database) -> str:
+    return "" if database.is_sqlite else " FOR UPDATE"
+
+
+def test_sqlite_is_set_up(database: Database) -> None:
+    if not database.is_sqlite:
+        with database.read() as session:
+            assert session.execute(text("SHOW transaction_isolation")).scalar() == "read committed"
+        return
+    with database.read() as session:
+        settings = {
+            name: session.execute(text(f"PRAGMA {name}")).scalar()
+            for name in ("journal_mode", "foreign_keys", "busy_timeout")
+        }
+    assert settings == {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 30_000}
+
+
+def test_every_table_has_a_tenant(database: Database) -> None:
+    for table in Base.metadata.tables:
+        columns = {column["name"]: column for column in inspect(database.engine).get_columns(table)}
+        assert columns["tenant"]["nullable"] is False, table

@@ -1,0 +1,77 @@
+"""The small repositories: files, models, outbox, audit."""
+
+from __future__ import annotations
+
+import pytest
+
+from store.audit import Audit
+from store.database import Database
+from store.errors import FileInUseError, NameTakenError, NotFoundError
+from store.files import Files, artefact_key
+from store.models import Models
+from store.outbox import Outbox
+from tests.seeds import add_file, add_job, add_model, add_running, get_job
+
+
+def test_files_are_listed_by_purpose(database: Database) -> None:
+    forget, retain = add_file(database, "forget"), add_file(database, "retain")
+    with database.read() as session:
+        files = Files(session)
+        assert [file.id for file in files.list().data] == [retain, forget]
+        assert [file.id for file in files.list(purpose="forget").data] == [forget]
+        file = files.get(forget)
+        assert (file.bytes, file.examples, file.tokens_estimate) == (10, 2, 3)
+    assert artefact_key(forget) == f"files/{forget}.jsonl"
+
+
+def test_a_file_in_use_stays_and_a_used_one_goes(database: Database) -> None:
+    held = add_running(database)
+    file_id = get_job(database, held.job_id).forget_file
+    with database.write() as session, pytest.raises(FileInUseError, match=held.job_id):
+        Files(session).delete(file_id)
+    held.succeed()
+    with database.write() as session:
+        Files(session).delete(file_id)
+    with database.write() as session, pytest.raises(NotFoundError):
+        Files(session).delete(file_id)
+    job = get_job(database, held.job_id)
+    assert (job.forget_file, job.forget_sha256) == (file_id, "0" * 64)
+
+
+def test_models_by_id_and_by_name(database: Database) -> None:
+    with database.write() as session:
+        models = Models(session)
+        model = models.create("olmoe", "/models/olmoe", "sha256:1", {"moe_layers": [0, 1]})
+        assert models.get("olmoe").id == models.get(model.id).id == model.id
+        with pytest.raises(NameTakenError, match="olmoe"):
+            models.create("olmoe", "/elsewhere", "sha256:2", {})
+    other = add_model(database)
+    with database.read() as session:
+        assert Models(session).get("olmoe").facts == {"moe_layers": [0, 1]}
+        assert [one.id for one in Models(session).list().data] == [other, model.id]
+
+
+def test_outbox_keeps_what_nobody_took(database: Database) -> None:
+    ids = [add_job(database) for _ in range(3)]
+    with database.write() as session:
+        outbox = Outbox(session)
+        pending = outbox.pending()
+        assert [message.job_id for message in pending] == ids
+        assert [message.job_id for message in outbox.pending(limit=2)] == ids[:2]
+        outbox.mark_published([pending[0].id])
+        outbox.settle(ids[1])
+    with database.read() as session:
+        assert [message.job_id for message in Outbox(session).pending()] == ids[2:]
+
+
+def test_audit_is_read_in_order(database: Database) -> None:
+    with database.write() as session:
+        audit = Audit(session)
+        for number in range(3):
+            audit.record("key_1", "file.delete", f"file_{number}")
+    with database.read() as session:
+        rows = Audit(session).list()
+        assert [(row.who, row.what, row.object) for row in rows] == [
+            ("key_1", "file.delete", f"file_{number}") for number in range(3)
+        ]
+        assert [row.object for row in Audit(session).list(after=rows[0].id, limit=1)] == ["file_1"]
