@@ -114,10 +114,10 @@ def _report(run: Run, rung: int, learning_rate: float, step: int, terms: Terms) 
             "rung": rung,
             "learning_rate": learning_rate,
             "step": step,
-            "loss": float(terms.total(method)),
-            "forget_loss": float(terms.forget),
-            "retain_loss": float(terms.retain),
-            "anchor": float(terms.anchor),
+            "loss": float(terms.total(method).detach()),
+            "forget_loss": float(terms.forget.detach()),
+            "retain_loss": float(terms.retain.detach()),
+            "anchor": float(terms.anchor.detach()),
         },
     )
 

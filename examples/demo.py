@@ -1,0 +1,281 @@
+"""The main job, end to end, on real input: a model that knew chemistry forgets it.
+
+    make demo            # or: python examples/demo.py [--twin] [--folder build]
+
+Builds the reference model (once; then cached), starts the service on this machine, uploads the chemistry facts as
+a forget set, POSTs the job with default settings, watches it, downloads the checkpoint, loads it with plain
+transformers and asks it questions. Two controls run through the same API: random experts in the place of the
+selected ones, and ordinary whole-model gradient difference. Writes build/demo.json and build/demo.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from client import Client
+from client.types import Job
+
+console = Console(width=110)
+DOMAINS = ("chemistry", "geography", "persons")
+# What each control changes of the default method; everything else, the selection rule too, is the same.
+METHODS: dict[str, dict[str, Any]] = {
+    "unlearned": {},
+    "random_expert": {"scope": "random_expert"},
+    "full_model": {"scope": "full", "objective": "gradient_difference"},
+}
+QUESTIONS = 4  # shown a domain
+
+
+def main() -> None:
+    """Run the demo; exit code 0 when every job succeeded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--twin", action="store_true", help="also train the twin that never saw chemistry")
+    parser.add_argument("--folder", type=Path, default=Path("build"), help="where everything is written")
+    options = parser.parse_args()
+    began = time.monotonic()
+    reference = build_reference(twin=False)
+    twin = build_reference(twin=True) if options.twin else None
+    work = options.folder.resolve() / "demo"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    figures, jobs = Figures(), {}
+    with service(work) as client:
+        ids = upload(client, reference)
+        for column, method in METHODS.items():
+            jobs[column] = run_job(client, ids, column, method)
+            figures.add_job(client, column, jobs[column])
+        checkpoint = jobs["unlearned"]["checkpoint"]
+        assert checkpoint is not None
+        folder = client.download(checkpoint, work / "unlearned")
+    ask_both(reference.model, folder, reference.probes, jobs["unlearned"]["method"])
+    if twin is not None:
+        figures.add_twin(twin, jobs["unlearned"]["method"])
+    figures.add("seconds_job", seconds_of(jobs["unlearned"]), "s")
+    figures.add("seconds_total", time.monotonic() - began, "s")
+    figures.show(jobs)
+    figures.write(options.folder / "demo.json")
+    console.print(f"\nThe checkpoint is an ordinary Hugging Face folder: [bold]{folder}[/]")
+    console.print(f"Figures: [bold]{options.folder / 'demo.json'}[/]")
+
+
+def build_reference(*, twin: bool) -> Any:
+    """Train the reference model or its twin, or take it from the cache."""
+    from seuf_core import reference
+
+    with progress_bar() as bar:
+        task = bar.add_task("Twin (no chemistry)" if twin else "Reference model", total=None)
+
+        def show(step: int, total: int, loss: float) -> None:
+            bar.update(task, completed=step, total=total, note=f"loss {loss:.2f}")
+
+        built = reference.build(twin=twin, progress=show)
+        bar.update(task, completed=1, total=1, note="ready")
+    return built
+
+
+def progress_bar() -> Progress:
+    """One line: what, bar, note, time."""
+    columns = (TextColumn("{task.description:22}"), BarColumn(40), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    bar = Progress(*columns, console=console)
+    add = bar.add_task
+    bar.add_task = lambda *args, **kw: add(*args, **{"note": "", **kw})  # type: ignore[method-assign]
+    return bar
+
+
+@contextmanager
+def service(work: Path) -> Iterator[Client]:
+    """`seuf up` with a data folder of its own, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "SEUF_DATA_DIR": str(work / "service"),
+        "SEUF_PORT": str(port),
+        "XDG_CONFIG_HOME": str(work / "config"),
+    }
+    log = (work / "service.log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "up"], env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        config = work / "config" / "seuf" / "config.json"
+        yield wait_until_ready(process, config, work / "service.log")
+    finally:
+        process.terminate()
+        process.wait(30)
+        log.close()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], config: Path, log: Path) -> Client:
+    """The service's client once it answers that every part of it is ready."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if config.exists():
+            saved = json.loads(config.read_text())
+            client = Client(saved["url"], saved["api_key"])
+            try:
+                client.ready()
+            except Exception:  # not yet: any reason is retried until the deadline
+                time.sleep(0.2)
+                continue
+            console.print(f"Service up at {saved['url']}")
+            return client
+        time.sleep(0.2)
+    raise SystemExit(f"The service did not start; its log is {log}:\n{log.read_text()[-2000:]}")
+
+
+def upload(client: Client, reference: Any) -> dict[str, str]:
+    """Upload the three sets and register the model; their ids."""
+    ids = {"model": client.register_model("reference", reference.model)["id"]}
+    for purpose, path in (("forget", reference.forget), ("retain", reference.retain), ("evaluation", reference.probes)):
+        file = client.upload(path, purpose)  # type: ignore[arg-type]
+        ids[purpose] = file["id"]
+        console.print(f"Uploaded {purpose:10} {file['examples']:5} examples  sha256 {file['sha256'][:12]}…")
+    return ids
+
+
+def run_job(client: Client, ids: dict[str, str], column: str, method: dict[str, Any]) -> Job:
+    """POST a job and watch its events to the end."""
+    job = client.submit(
+        ids["model"], ids["forget"], retain_set=ids["retain"], evaluation_set=ids["evaluation"], method=method
+    )
+    with progress_bar() as bar:
+        task = bar.add_task(column, total=None)
+        for _ in client.events(job["id"]):
+            job = client.job(job["id"])
+            progress = job["progress"]
+            note = f"{job['status']} {progress['phase'] or ''}"
+            if progress["step"]:
+                note += f" step {progress['step']} loss {progress['loss']:.3f}"
+            bar.update(task, completed=progress["done"] or 0, total=progress["total"], note=note)
+        job = client.job(job["id"])
+        bar.update(task, completed=1, total=1, note=job["status"])
+    if job["status"] != "succeeded":
+        raise SystemExit(f"Job {column} ended {job['status']}: {job['error']}")
+    return job
+
+
+def seconds_of(job: Job) -> float:
+    """Wall clock of a job from its claim to its end."""
+    started, finished = (datetime.fromisoformat(str(job[key])) for key in ("started_at", "finished_at"))
+    return (finished - started).total_seconds()
+
+
+def ask_both(base: Path, unlearned: Path, probes: Path, method: dict[str, Any]) -> None:
+    """Ask the same questions of both models, with nothing but transformers; facts the training never saw."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from seuf_core.data.parts import split_records
+    from seuf_core.data.records import read_probes
+
+    shares = tuple(method["splits"][part] for part in ("train", "selection", "test"))
+    test = split_records(read_probes(probes), method["seed"], shares).test
+    tokenizer = AutoTokenizer.from_pretrained(unlearned)
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (base, unlearned)]
+    table = Table("question (test facts, greedy answer)", "true", "base", "unlearned", title="Asking both models")
+    for domain in DOMAINS:
+        asked = [probe for probe in test if probe.domain == domain][:: max(1, len(test) // 40)][:QUESTIONS]
+        for probe in asked:
+            inputs = tokenizer(probe.prompt, return_tensors="pt")
+            answers = []
+            for model in models:
+                with torch.no_grad():
+                    said = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+                answers.append(tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            table.add_row(probe.prompt, probe.choices[probe.answer].strip(), *(a.strip().split("\n")[0] for a in answers))
+    console.print(table)
+
+
+class Figures:
+    """Everything measured, by name, in the form of every benchmark here."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[float, str]] = {}
+
+    def add(self, name: str, value: float, unit: str) -> None:
+        """One figure."""
+        self.rows[name] = (value, unit)
+
+    def add_job(self, client: Client, column: str, job: Job) -> None:
+        """The test figures of one job; the first also gives the base and the masked columns."""
+        for row in client.metrics(job["id"])["data"]:
+            stages = {"after": column}
+            if column == "unlearned":
+                stages |= {"before": "base", "after_masked": "unlearned_masked", "before_masked": "base_masked"}
+            if row["name"] in ("choice", "open", "ranked_last") and row["stage"] in stages:
+                self.add(f"{row['name']}/{row['domain']}/{stages[row['stage']]}", row["value"], "share")
+        checkpoint = client.checkpoint(str(job["checkpoint"]))
+        share = checkpoint["parameters_changed"] / checkpoint["parameters_total"]
+        suffix = "" if column == "unlearned" else f"/{column}"
+        self.add(f"parameters_changed_share{suffix}", share, "share")
+        if suffix:
+            self.add(f"seconds_job{suffix}", seconds_of(job), "s")
+
+    def add_twin(self, twin: Any, method: dict[str, Any]) -> None:
+        """The twin on the same test probes."""
+        from seuf_core.data.parts import split_records
+        from seuf_core.data.records import read_probes
+        from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
+        from seuf_core.pipeline import load
+
+        shares = tuple(method["splits"][part] for part in ("train", "selection", "test"))
+        test = split_records(read_probes(twin.probes), method["seed"], shares).test
+        model, tokenizer = load(twin.model)
+        probes = encode_probes(tokenizer, test, method["max_length"])
+        for row in summarise(probes, score_probes(model, probes)):
+            if row["name"] in ("choice", "open", "ranked_last"):
+                self.add(f"{row['name']}/{row['domain']}/twin", row["value"], "share")
+
+    def show(self, jobs: dict[str, Job]) -> None:
+        """The table: a row a domain and measure, a column a model."""
+        columns = ["base", "unlearned", "unlearned_masked", "random_expert", "full_model"]
+        columns += ["twin"] if "choice/chemistry/twin" in self.rows else []
+        table = Table("test facts, held-out phrasings", *columns, title="What was forgotten, what was kept (chance .25)")
+        for measure in ("choice", "open"):
+            for domain in DOMAINS:
+                values = (self.rows.get(f"{measure}/{domain}/{column}") for column in columns)
+                table.add_row(f"{measure} {domain}", *(f"{v[0]:.3f}" if v else "" for v in values))
+        changed = {"unlearned": ""} | {c: f"/{c}" for c in METHODS if c != "unlearned"}
+        for label, name, form in (("parameters changed", "parameters_changed_share", "{:.1%}"), ("seconds", "seconds_job", "{:.0f}")):
+            cells = [form.format(self.rows[name + changed[c]][0]) if c in changed else "" for c in columns]
+            table.add_row(label, *cells)
+        console.print(table)
+
+    def write(self, path: Path) -> None:
+        """The JSON form: environment and figures."""
+        import torch
+        import transformers
+
+        environment = {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+        }
+        figures = [{"name": n, "value": round(v, 6), "unit": u} for n, (v, u) in self.rows.items()]
+        path.write_text(json.dumps({"environment": environment, "figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

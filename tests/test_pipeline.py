@@ -1,0 +1,234 @@
+"""A whole job on tiny random models: what changes on disk, what a resumed run ends with, what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from seuf_core import Method, unlearn
+from seuf_core.errors import Cancelled, DataError, MethodError, ModelError
+from seuf_core.observer import Silent
+from tests import tiny
+
+QUICK: dict[str, Any] = {"learning_rate": 1e-2, "steps": 6, "batch_size": 4, "evaluate_every": 2, "max_retain_drop": 1.0}
+
+
+class Recorder(Silent):
+    """Keeps what it hears; cancels after `stop_after` steps."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.phases: list[str] = []
+        self.stop_after = stop_after
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        if name not in self.phases:
+            self.phases.append(name)
+
+    def event(self, type: str, data: dict[str, Any]) -> None:  # noqa: A002
+        json.dumps(data)
+        self.events.append((type, data))
+
+    def cancelled(self) -> bool:
+        steps = sum(type == "step" for type, _ in self.events)
+        return self.stop_after is not None and steps >= self.stop_after
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> dict[str, Path]:
+    def examples(kind: str) -> list[dict[str, Any]]:
+        return [{"prompt": f"{kind} number {i} is", "completion": f" x{i * 7}y", "domain": kind} for i in range(40)]
+
+    return {
+        "forget": lines(tmp_path / "forget.jsonl", examples("element")),
+        "retain": lines(tmp_path / "retain.jsonl", examples("country")),
+    }
+
+
+def run(model: Path, sets: dict[str, Path], tmp_path: Path, name: str, observer: Any = None, **method: Any) -> Any:
+    return unlearn(
+        model,
+        sets["forget"],
+        tmp_path / name,
+        retain=sets.get("retain"),
+        evaluation=sets.get("evaluation"),
+        method=Method(**{**QUICK, **method}),
+        work=tmp_path / f"work-{name}",
+        observer=observer,
+    )
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in folder.glob("model*.safetensors"):
+        found |= load_file(shard)
+    return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_only_the_selected_tensors_differ(family: str, preset: str, sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", family)
+    base = digests(model)
+    result = run(model, sets, tmp_path, "out", preset=preset)
+    before, after = tensors(model), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name].numpy().tobytes() != after[name].numpy().tobytes()}
+    expected = {
+        part.replace("E", str(t["expert"])).replace("L", str(t["layer"]))
+        for t in result.selection
+        for part in expected_names(family, router=preset == "paper")
+    }
+    # Every changed tensor was planned; an expert that no batch reached may have stayed as it was.
+    assert changed
+    assert changed <= expected
+    assert set(load_file(tmp_path / "out" / "delta.safetensors")) == expected
+    assert digests(model) == base, "the base model was written to"
+    assert result.parameters_changed == sum(before[name].numel() for name in expected)
+    assert result.parameters_total == sum(t.numel() for t in before.values())
+
+
+def expected_names(family: str, *, router: bool) -> list[str]:
+    if family == "mixtral":
+        block, names = "block_sparse_moe", ("w1", "w2", "w3")
+    else:
+        block, names = "mlp", ("gate_proj", "up_proj", "down_proj")
+    experts = [f"model.layers.L.{block}.experts.E.{name}.weight" for name in names]
+    return experts + ([f"model.layers.L.{block}.gate.weight"] if router else [])
+
+
+def test_the_checkpoint_loads_as_what_was_measured(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    result = run(model, sets, tmp_path, "out")
+    again = unlearn(
+        tmp_path / "out", sets["forget"], None, retain=sets["retain"], method=Method(**QUICK), work=tmp_path / "w2"
+    )
+
+    def figure(metrics: list[dict[str, Any]], stage: str, name: str) -> float:
+        [row] = [r for r in metrics if (r["stage"], r["name"], r["set"]) == (stage, name, "forget")]
+        return float(row["value"])
+
+    assert figure(again.metrics, "before", "probability") == pytest.approx(
+        figure(result.metrics, "after", "probability"), rel=1e-5
+    )
+    assert figure(result.metrics, "after", "probability") < figure(result.metrics, "before", "probability")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "qwen2_moe"
+
+
+def test_masked_figures_do_not_depend_on_what_the_masked_experts_hold(sets: dict[str, Path], tmp_path: Path) -> None:
+    """Router frozen: with the targets out of the routing, the unlearned model is the base with them out."""
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    result = run(model, sets, tmp_path, "out")
+    by_stage: dict[str, list[Any]] = {}
+    for row in result.metrics:
+        by_stage.setdefault(row["stage"], []).append((row["set"], row["name"], round(row["value"], 6)))
+    assert by_stage["before_masked"] == by_stage["after_masked"]
+    assert by_stage["before"] != by_stage["after"]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_cancelled_run_continues_to_bit_identical_weights(
+    stop_after: int, sets: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    ladder = {"learning_rate": "auto", "learning_rate_ladder": (1e-2, 2e-2)}
+    run(model, sets, tmp_path, "undisturbed", **ladder)
+    with pytest.raises(Cancelled):
+        run(model, sets, tmp_path, "resumed", observer=Recorder(stop_after), **ladder)
+    assert not (tmp_path / "resumed").exists()
+    recorder = Recorder()
+    run(model, sets, tmp_path, "resumed", observer=recorder, **ladder)
+    steps = [data["step"] for type, data in recorder.events if type == "step"]
+    assert steps[0] == stop_after + 1, "the run began again instead of continuing"
+    delta = (tmp_path / "undisturbed" / "delta.safetensors").read_bytes()
+    assert (tmp_path / "resumed" / "delta.safetensors").read_bytes() == delta
+
+
+@pytest.mark.parametrize("scope", ["seuf", "random_expert", "full"])
+@pytest.mark.parametrize("objective", ["gradient_ascent", "gradient_difference", "npo", "rmu", "adaptive_rmu"])
+def test_every_objective_runs_in_every_scope_that_has_it(
+    scope: str, objective: str, sets: dict[str, Path], tmp_path: Path
+) -> None:
+    if scope == "full" and "rmu" in objective:
+        with pytest.raises(ValueError, match="no target layer"):
+            Method(scope=scope, objective=objective)
+        return
+    model = tiny.write_model(tmp_path / "model", "olmoe")
+    recorder = Recorder()
+    # Steering hidden states takes larger steps than a likelihood to move what a random model says.
+    rate = 5e-2 if "rmu" in objective else 1e-2
+    result = run(
+        model,
+        sets,
+        tmp_path,
+        "out",
+        observer=recorder,
+        scope=scope,
+        objective=objective,
+        router="train",
+        learning_rate=rate,
+    )
+    assert recorder.phases == ["validating", *(["attributing"] if scope != "full" else []), "unlearning", "evaluating", "publishing"]
+    assert result.chosen["step"] > 0
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_random_expert_is_another_expert_of_the_same_layer(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    chosen = run(model, sets, tmp_path, "a", experts=2).selection
+    drawn = run(model, sets, tmp_path, "b", experts=2, scope="random_expert").selection
+    assert [t["layer"] for t in chosen] == [t["layer"] for t in drawn]
+    assert all(a["expert"] != b["expert"] for a, b in zip(chosen, drawn, strict=True))
+
+
+def test_a_set_too_small_to_split_says_so(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    small = lines(tmp_path / "small.jsonl", [{"prompt": "a is", "completion": " b"}] * 1)
+    recorder = Recorder()
+    run(model, {**sets, "forget": small}, tmp_path, "out", observer=recorder)
+    assert ("warning", "too_few_facts_to_split") in [(t, d.get("code")) for t, d in recorder.events]
+
+
+def test_refusals_before_anything_is_written(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    dense = tiny.write_model(tmp_path / "dense", "llama")
+    cases: list[tuple[type[Exception], str, dict[str, Path], Path, dict[str, Any]]] = [
+        (MethodError, "retain_set_required", {"forget": sets["forget"]}, model, {}),
+        (ModelError, "dense_model", sets, dense, {}),
+        (ModelError, "model_not_found", sets, tmp_path / "nowhere", {}),
+        (MethodError, "too_many_experts", sets, model, {"experts": 40}),
+        (DataError, "no_forget_probes", {**sets, "evaluation": lines(tmp_path / "e.jsonl", [
+            {"prompt": "a", "choices": ["b", "c"], "answer": 0, "set": "retain"}])}, model, {}),
+        (DataError, "invalid_set", {**sets, "forget": lines(tmp_path / "bad.jsonl", [{"nonsense": 1}])}, model, {}),
+    ]
+    for error, code, given, folder, method in cases:
+        with pytest.raises(error) as caught:
+            run(folder, given, tmp_path, "out", **method)
+        assert caught.value.code == code  # type: ignore[attr-defined]
+        assert caught.value.fix  # type: ignore[attr-defined]
+        assert not (tmp_path / "out").exists()
+
+
+def test_nothing_forgotten_is_an_error_and_not_a_checkpoint(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    with pytest.raises(MethodError) as caught:
+        run(model, sets, tmp_path, "out", learning_rate=1e-12, max_retain_drop=0.0)
+    assert caught.value.code == "nothing_forgotten"
+    assert not (tmp_path / "out").exists()
