@@ -7,17 +7,20 @@ of every line happen while the bytes come in, so that memory stays flat and a bo
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import BinaryIO, Final, get_args
+from typing import TYPE_CHECKING, BinaryIO, Final, get_args
 
 from fastapi import Request
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartCallbacks, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from api.problems import FieldError, Problem, at
 from api.schemas import Purpose
 from seuf_core.data.records import READ_BYTES, FileSummary, Limits, RecordReader
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks  # exists for type checkers only
 
 _FIELD_BYTES: Final = 256
 _SAY: Final = "Send multipart/form-data: curl -F purpose=forget -F file=@forget.jsonl"

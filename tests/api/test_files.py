@@ -1,0 +1,180 @@
+"""Uploads: what is accepted, what is refused and how, and that nothing of a refused file stays."""
+
+import hashlib
+
+import pytest
+
+from tests.serving import lines_of
+
+GOOD = '{"id": "a", "prompt": "Who?", "completion": " Ada."}'
+
+
+def post(tenant, content, purpose="forget", name="forget.jsonl"):
+    return tenant.http.post("/files", data={"purpose": purpose}, files={"file": (name, content)})
+
+
+def stored(tenant):
+    folder = tenant.served.artefacts.path("files")
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.mark.parametrize("purpose", ["forget", "retain", "evaluation"])
+def test_a_good_file_is_described_and_kept_as_it_came(tenant, purpose):
+    content = ("\r\n".join(lines_of(purpose, 5)) + "\r\n").encode()
+    answer = post(tenant, content, purpose, "../../odd\\name.jsonl")
+    assert answer.status_code == 201, answer.text
+    file = answer.json()
+    assert file["sha256"] == hashlib.sha256(content).hexdigest()
+    assert (file["bytes"], file["examples"], file["purpose"]) == (len(content), 5, purpose)
+    assert file["tokens_estimate"] > 0
+    assert file["filename"] == "name.jsonl"
+    assert file["created_at"].endswith("Z")
+    assert answer.headers["Location"] == f"/files/{file['id']}"
+    assert tenant.http.get(answer.headers["Location"]).json() == file
+    with tenant.served.artefacts.open_read(f"files/{file['id']}.jsonl") as kept:
+        assert kept.read() == content
+
+
+def test_purpose_may_come_after_the_file(tenant):
+    parts = [("file", ("f.jsonl", GOOD.encode())), ("purpose", (None, b"retain"))]
+    answer = tenant.http.post("/files", files=parts)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["purpose"] == "retain"
+    bad = [("file", ("f.jsonl", b"{")), ("purpose", (None, b"retain"))]
+    assert tenant.http.post("/files", files=bad).json()["errors"][0]["line"] == 1
+
+
+BAD_CONTENT = {
+    "broken line": (f"{GOOD}\n{{broken\n", 422, "invalid_examples", "not_json", 2),
+    "no example": ("\n  \n", 422, "invalid_examples", "no_examples", None),
+    "empty file": ("", 422, "invalid_examples", "no_examples", None),
+    "duplicate id": (f"{GOOD}\n\n{GOOD}\n", 422, "invalid_examples", "duplicate_id", 3),
+    "bad UTF-8": (GOOD.encode() + b'\n{"text": "\xff\xfe"}', 422, "invalid_examples", "not_utf8", 2),
+    "unknown field": ('{"text": "x", "label": 1}', 422, "invalid_examples", "unknown_field", 1),
+    "over the limit": (f"{GOOD}\n" * 50_000, 413, "file_too_large", "file_too_large", None),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONTENT)
+def test_a_bad_file_is_refused_with_its_line_and_nothing_is_kept(tenant, case):
+    content, status, code, first, line = BAD_CONTENT[case]
+    before = stored(tenant)
+    answer = post(tenant, content)
+    problem = answer.json()
+    assert (answer.status_code, problem["code"]) == (status, code), answer.text
+    assert problem["fix"]
+    assert problem["errors"][0]["pointer"] == "/file"
+    assert problem["errors"][0]["code"] == first
+    assert problem["errors"][0].get("line") == line
+    assert stored(tenant) == before
+    assert tenant.http.get("/files").json()["data"] == []
+
+
+def test_the_cap_holds_when_no_length_is_declared(tenant):
+    boundary = "b0undary"
+
+    def body():
+        yield f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nforget\r\n'.encode()
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        yield head.encode()
+        for _ in range(40):
+            yield (GOOD + "\n").encode() * 2000
+
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    answer = tenant.http.post("/files", content=body(), headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (413, "file_too_large")
+
+
+BAD_FORMS = {
+    "not multipart": ({"content": b"{}"}, 415, "not_multipart", None),
+    "no purpose": ({"files": {"file": ("f", GOOD)}}, 422, "missing", "/purpose"),
+    "no file": ({"files": {"purpose": (None, "forget")}}, 422, "missing", "/file"),
+    "unknown purpose": (
+        {"data": {"purpose": "erase"}, "files": {"file": ("f", GOOD)}},
+        422,
+        "unknown_purpose",
+        "/purpose",
+    ),
+    "unknown part": (
+        {"data": {"purpose": "forget", "model": "x"}, "files": {"file": ("f", GOOD)}},
+        422,
+        "extra_forbidden",
+        "/model",
+    ),
+    "file twice": (
+        {"data": {"purpose": "forget"}, "files": [("file", ("f", GOOD)), ("file", ("g", GOOD))]},
+        422,
+        "duplicate_part",
+        "/file",
+    ),
+    "cut off": (
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfor',
+            "headers": {"Content-Type": "multipart/form-data; boundary=x"},
+        },
+        422,
+        "missing",
+        "/file",
+    ),
+    "garbage": (
+        {"content": b"garbage", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        400,
+        "broken_multipart",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FORMS)
+def test_a_bad_form_is_refused(tenant, case):
+    request, status, code, pointer = BAD_FORMS[case]
+    answer = tenant.http.post("/files", **request)
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+    assert answer.json()["fix"]
+    if pointer is not None:
+        assert answer.json()["errors"][0]["pointer"] == pointer
+
+
+def test_listing_pages_through_everything_once(tenant):
+    ids = [tenant.upload("forget", [GOOD])["id"] for _ in range(7)]
+    other = tenant.upload("retain", [GOOD])["id"]
+    seen, cursor = [], None
+    while True:
+        page = tenant.http.get("/files", params={"limit": 3, **({"cursor": cursor} if cursor else {})}).json()
+        seen += [file["id"] for file in page["data"]]
+        cursor = page["next"]
+        assert page["has_more"] == (cursor is not None)
+        if cursor is None:
+            break
+    assert seen == [other, *reversed(ids)]
+    only = tenant.http.get("/files", params={"purpose": "retain"}).json()
+    assert [file["id"] for file in only["data"]] == [other]
+
+
+@pytest.mark.parametrize(
+    ("query", "parameter"),
+    [("limit=0", "limit"), ("limit=x", "limit"), ("size=3", "size"), ("cursor=%21%21", "cursor")],
+)
+def test_a_bad_query_names_its_parameter(tenant, query, parameter):
+    answer = tenant.http.get(f"/files?{query}")
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"][0]["parameter"] == parameter
+
+
+def test_deleting_takes_row_and_bytes(tenant):
+    file = tenant.upload("forget")
+    assert f"{file['id']}.jsonl" in stored(tenant)
+    assert tenant.http.delete(f"/files/{file['id']}").status_code == 204
+    assert f"{file['id']}.jsonl" not in stored(tenant)
+    answer = tenant.http.get(f"/files/{file['id']}")
+    assert (answer.status_code, answer.json()["code"]) == (404, "file_not_found")
+    assert tenant.http.delete(f"/files/{file['id']}").status_code == 404
+
+
+def test_a_file_that_a_job_waits_for_stays(tenant, tiny_model):
+    job = tenant.submit(tiny_model)
+    answer = tenant.http.delete(f"/files/{job['forget_set']}")
+    assert (answer.status_code, answer.json()["code"]) == (409, "file_in_use")
+    tenant.http.post(f"/jobs/{job['id']}/cancel")
+    assert tenant.http.delete(f"/files/{job['forget_set']}").status_code == 204
+    assert tenant.http.get(f"/jobs/{job['id']}").json()["forget_set"] == job["forget_set"]
