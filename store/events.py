@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+from store.plain import plain
 from store.repository import Repository
 from store.tables import Event, Job
 
@@ -35,6 +36,6 @@ def append(session: Session, job_id: str, type_: str, data: dict[str, Any]) -> i
     seq, tenant = session.execute(
         draw.returning(Job.event_seq, Job.tenant), execution_options={"synchronize_session": False}
     ).one()
-    session.add(Event(job_id=job_id, seq=seq, tenant=tenant, type=type_, data=data))
+    session.add(Event(job_id=job_id, seq=seq, tenant=tenant, type=type_, data=plain(data)))
     session.flush()
     return int(seq)

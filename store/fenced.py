@@ -15,6 +15,8 @@ from sqlalchemy.orm import Session
 from store import events
 from store.database import Database
 from store.errors import LeaseLost
+from store.outbox import Outbox
+from store.plain import finite, plain
 from store.tables import Attribution, Checkpoint, Job, Metric, SelectedExpert, Tenanted, now
 from store.transitions import HELD, Status, sources
 
@@ -41,7 +43,10 @@ class Selected:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure; `chance` is the value that guessing would give, where that means something."""
+    """One figure; `chance` is the value that guessing gives, where that means something.
+
+    A value that is no number (the model broke) is kept as null.
+    """
 
     stage: str
     set: str
@@ -82,7 +87,7 @@ class FencedJob:
         self, step: int, loss: float | None, seconds_left: float | None, data: Mapping[str, Any]
     ) -> None:
         """Training stands at `step`; `data` is what its event tells."""
-        with self._held({"step": step, "loss": loss, "seconds_left": seconds_left}) as (session, _):
+        with self._held({"step": step, "loss": finite(loss), "seconds_left": seconds_left}) as (session, _):
             events.append(session, self.job_id, "step", dict(data))
 
     def event(self, type_: str, data: Mapping[str, Any]) -> None:
@@ -99,9 +104,9 @@ class FencedJob:
                     job_id=self.job_id,
                     tenant=tenant,
                     score=result.score,
-                    matrix=[list(row) for row in result.matrix],
-                    layers=list(result.layers),
-                    stability=dict(result.stability),
+                    matrix=plain(result.matrix),
+                    layers=plain(result.layers),
+                    stability=plain(result.stability),
                     coverage=result.coverage,
                 )
             )
@@ -123,7 +128,7 @@ class FencedJob:
                 set=one.set,
                 domain=one.domain,
                 name=one.name,
-                value=one.value,
+                value=finite(one.value),
                 n=one.n,
                 chance=one.chance,
             )
@@ -136,7 +141,7 @@ class FencedJob:
         with self._held({"checkpoint_id": checkpoint_id}) as (session, tenant):
             session.add(
                 Checkpoint(
-                    id=checkpoint_id, job_id=self.job_id, tenant=tenant, bytes=size, manifest=dict(manifest)
+                    id=checkpoint_id, job_id=self.job_id, tenant=tenant, bytes=size, manifest=plain(manifest)
                 )
             )
 
@@ -155,6 +160,20 @@ class FencedJob:
     def cancelled(self) -> None:
         """The engine has stopped as it was asked to."""
         self._end(Status.CANCELLED, {}, {})
+
+    def hand_back(self) -> None:
+        """The worker stops, the job does not: back to the queue at once, and not counted as an attempt."""
+        values = {
+            "status": Status.QUEUED,
+            "lease_token": self.token + 1,
+            "lease_worker": None,
+            "lease_expires_at": None,
+            "attempts": Job.attempts - 1,
+        }
+        with self._held(values, sources(Status.QUEUED) & HELD) as (session, tenant):
+            Outbox(session).add(self.job_id, tenant)
+            data = {"status": Status.QUEUED, "reason": "its worker was stopped"}
+            events.append(session, self.job_id, "status", data)
 
     def _end(self, status: Status, values: dict[str, Any], data: dict[str, Any]) -> None:
         ending = {"status": status, "finished_at": now(), "lease_worker": None, "lease_expires_at": None}
@@ -181,7 +200,7 @@ class FencedJob:
         query = (
             update(Job)
             .where(Job.id == self.job_id, Job.lease_token == self.token, Job.status.in_(statuses))
-            .values(values | {"lease_token": self.token})  # an UPDATE must set something
+            .values({"lease_token": self.token} | values)  # an UPDATE must set something
             .returning(Job.tenant)
         )
         with self._session() as session:

@@ -45,6 +45,11 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds between asking an engine to stop and killing it (one step and one checkpoint).",
     )
+    engine_entry: str = Field(
+        "seuf_core.pipeline:unlearn",
+        pattern=r"^[\w.]+:\w+$",
+        description="What the engine process calls, module:function with the signature of seuf_core.unlearn.",
+    )
     max_upload_bytes: int = Field(64 * MIB, gt=0, description="Largest upload, in bytes.")
 
     @model_validator(mode="after")
@@ -72,6 +77,11 @@ class Settings(BaseSettings):
     def work_dir(self) -> Path:
         """Folder of the engines' work folders, one per job."""
         return self.data_dir / "work"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that give another process these settings, all but the secret."""
+        fields = type(self).model_fields.keys() - {"secret"}
+        return {f"SEUF_{name.upper()}": str(getattr(self, name)) for name in sorted(fields)}
 
     def secret_bytes(self) -> bytes:
         """The HMAC secret: SEUF_SECRET, or data_dir/secret, made with mode 0600 on first use."""

@@ -219,7 +219,7 @@ class Metric(Tenanted):
     set: Mapped[str] = mapped_column(String(16), primary_key=True)
     domain: Mapped[str] = mapped_column(String(200), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
-    value: Mapped[float]
+    value: Mapped[float | None]  # None: the model gave no number
     n: Mapped[int]
     chance: Mapped[float | None]
 

@@ -233,7 +233,7 @@ def _metrics() -> None:
         sa.Column("set", sa.String(length=16), nullable=False),
         sa.Column("domain", sa.String(length=200), nullable=False),
         sa.Column("name", sa.String(length=64), nullable=False),
-        sa.Column("value", sa.Double(), nullable=False),
+        sa.Column("value", sa.Double(), nullable=True),
         sa.Column("n", sa.Integer(), nullable=False),
         sa.Column("chance", sa.Double(), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_metrics_job_id")),

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
+from store import leases
 from store.checkpoints import Checkpoints
 from store.database import Database
 from store.errors import LeaseLost
 from store.events import Events
 from store.fenced import AttributionResult, FencedJob, Measurement, Selected
 from store.jobs import Jobs
+from store.outbox import Outbox
 from store.results import Results
 from tests.seeds import add_running, everything, get_job
 
@@ -32,6 +34,7 @@ WRITERS: dict[str, Callable[[FencedJob], None]] = {
     ),
     "publish_checkpoint": lambda held: held.publish_checkpoint("ckpt_1", 1234, {"files": []}),
     "succeed": FencedJob.succeed,
+    "hand_back": FencedJob.hand_back,
     "fail": lambda held: held.fail("dense_model", "The model has no experts.", "Use scope full."),
     "cancelled": FencedJob.cancelled,
 }
@@ -45,8 +48,9 @@ def test_the_list_is_complete() -> None:
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_stale_token_writes_nothing(database: Database, writer: str) -> None:
     held = add_running(database)
-    with database.write() as session:
-        Jobs(session).request_cancel(held.job_id)  # so that `cancelled` would be a legal end
+    if writer == "cancelled":  # so that the token alone decides
+        with database.write() as session:
+            Jobs(session).request_cancel(held.job_id)
     before = everything(database)
     for token in (held.token - 1, held.token + 1):
         with pytest.raises(LeaseLost, match=held.job_id):
@@ -65,6 +69,54 @@ def test_an_ended_job_takes_no_more_writes(database: Database, end: str, writer:
     with pytest.raises(LeaseLost):
         WRITERS[writer](held)
     assert everything(database) == before
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_handed_back_job_takes_no_more_writes(database: Database, writer: str) -> None:
+    held = add_running(database)
+    held.hand_back()
+    before = everything(database)
+    with pytest.raises(LeaseLost):
+        WRITERS[writer](held)
+    assert everything(database) == before
+
+
+def test_handing_back_is_not_an_attempt(database: Database) -> None:
+    held = add_running(database)
+    held.hand_back()
+    job = get_job(database, held.job_id)
+    assert (job.status, job.attempts, job.lease_worker, job.lease_expires_at) == ("queued", 0, None, None)
+    with database.write() as session:
+        assert [message.job_id for message in Outbox(session).pending()] == [held.job_id]
+        again = leases.claim(session, held.job_id, "worker-2", 60)
+    assert again is not None
+    assert again.token > held.token
+
+
+def test_a_cancelling_job_is_not_handed_back(database: Database) -> None:
+    held = add_running(database)
+    with database.write() as session:
+        Jobs(session).request_cancel(held.job_id)
+    with pytest.raises(LeaseLost):
+        held.hand_back()
+    assert get_job(database, held.job_id).status == "cancelling"
+
+
+def test_a_broken_model_leaves_null_not_nan(database: Database) -> None:
+    """JSON has no NaN, Postgres refuses it in JSONB, and SQLite turns it into NULL by itself."""
+    held = add_running(database)
+    nan = float("nan")
+    held.step(1, nan, None, {"loss": nan, "parts": (1.0, float("inf"))})
+    held.metrics([Measurement("after", "forget", "", "open", nan, 3, None)])
+    held.attribution(AttributionResult("contrast", [[nan, 0.5]], [0], {"spread": nan}, 1.0))
+    assert get_job(database, held.job_id).loss is None
+    with database.read() as session:
+        assert Events(session).list(held.job_id)[-1].data == {"loss": None, "parts": [1.0, None]}
+        results = Results(session)
+        assert results.metrics(held.job_id)[0].value is None
+        attribution = results.attribution(held.job_id)
+        assert attribution is not None
+        assert (attribution.matrix, attribution.stability) == ([[None, 0.5]], {"spread": None})
 
 
 def test_a_job_nobody_cancelled_cannot_become_cancelled(database: Database) -> None:
