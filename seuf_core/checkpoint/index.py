@@ -93,7 +93,7 @@ def read_index(folder: Path) -> CheckpointIndex:
     shards: list[Shard] = []
     tensors: dict[str, TensorRecord] = {}
     for name in sorted(names):
-        shard, records = _read_shard(folder, name)
+        shard, records = read_shard(folder, name)
         shards.append(shard)
         for record in records:
             # from_pretrained reads all tensors of all shards and the last one wins, whatever the index says.
@@ -164,7 +164,8 @@ def _shard_of(tensors: dict[str, TensorRecord], name: str) -> str | None:
     return tensors[name].shard if name in tensors else None
 
 
-def _read_shard(folder: Path, name: str) -> tuple[Shard, list[TensorRecord]]:
+def read_shard(folder: Path, name: str) -> tuple[Shard, list[TensorRecord]]:
+    """Header and tensors of one safetensors file. Raises ModelError(incomplete_shards, broken_shard)."""
     path = folder / name
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size

@@ -16,7 +16,7 @@ from seuf_core.families import FAMILIES, Family, family_of, has_experts
 # Bytes of each tensor that enter the digest: at its start and at its middle.
 SAMPLE_BYTES = 256
 
-_TRAINABLE = frozenset({"F16", "BF16", "F32", "F64"})
+TRAINABLE = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,5 +170,5 @@ def _check_layout(index: CheckpointIndex, family: Family, config: dict[str, Any]
                     f"{index.folder} has no tensor {name}, which {family.model_type} keeps on disk.",
                     "Save the model again with save_pretrained of transformers 5.",
                 )
-            if record.dtype not in _TRAINABLE:
+            if record.dtype not in TRAINABLE:
                 raise _quantised(index.folder)

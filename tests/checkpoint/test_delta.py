@@ -1,0 +1,84 @@
+"""Base and delta give the checkpoint back, every file to the last byte; anything else is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from seuf_core.checkpoint.delta import apply_delta
+from seuf_core.checkpoint.writer import write_checkpoint
+from seuf_core.errors import WriteError
+from tests import tiny
+from tests.checkpoint.edits import contents, edited
+
+
+@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+@pytest.mark.parametrize("max_shard_size", ["40KB", "1GB"])
+def test_rebuilds_the_same_folder(models, tmp_path, family, max_shard_size):
+    base, changed = models(family, max_shard_size), edited(family, layer=1, expert=2)[1]
+    written = write_checkpoint(base, tmp_path / "a", changed, "seuf 1", {"seed": 1})
+    assert apply_delta(base, tmp_path / "a" / "delta.safetensors", tmp_path / "b") == written
+    assert contents(tmp_path / "b") == contents(tmp_path / "a") != contents(base)
+
+
+def test_of_a_bfloat16_model_from_float32_masters(tmp_path):
+    base = tiny.write_model(tmp_path / "base", "olmoe", dtype=torch.bfloat16)
+    write_checkpoint(base, tmp_path / "a", edited("olmoe", layer=0, expert=1)[1], "test")
+    apply_delta(base, tmp_path / "a" / "delta.safetensors", tmp_path / "b")
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+@pytest.fixture
+def delta(models, tmp_path) -> Path:
+    changed = edited("olmoe", layer=1, expert=2)[1]
+    write_checkpoint(models("olmoe"), tmp_path / "a", changed, "test")
+    return tmp_path / "a" / "delta.safetensors"
+
+
+def _refused(base: Path, delta: Path, out: Path) -> str:
+    with pytest.raises(WriteError) as caught:
+        apply_delta(base, delta, out)
+    assert not out.exists()
+    assert not os.path.lexists(out.with_name(out.name + ".partial"))
+    return caught.value.code
+
+
+def test_another_base_is_refused(delta, tmp_path):
+    other = tiny.write_model(tmp_path / "other", "olmoe", seed=5)
+    assert _refused(other, delta, tmp_path / "b") == "wrong_base"
+
+
+def test_a_base_that_differs_where_the_digest_does_not_look(own, delta, tmp_path):
+    """One bit of a patched shard, outside the digest's samples: the shard's own digest finds it."""
+    base = own("olmoe")
+    shard = json.loads(_facts(delta))["shards"].popitem()[0]
+    names = {record for record in load_file(base / shard) if "experts" in record} - load_file(delta).keys()
+    tensors = load_file(base / shard)
+    tensor = tensors[min(names)].view(-1).view(torch.uint8)
+    assert tensor.numel() > 512 + 256
+    tensor[300] ^= 1  # samples are bytes 0 to 255 and 256 from the middle on
+    save_file(tensors, base / shard, metadata={"format": "pt"})
+    assert _refused(base, delta, tmp_path / "b") == "verification_failed"
+
+
+def test_a_changed_delta_is_refused(models, delta, tmp_path):
+    tensors, facts = load_file(delta), _facts(delta)
+    tensors[min(tensors)].view(-1)[0] += 1
+    save_file(tensors, tmp_path / "d.safetensors", metadata={"seuf": facts})
+    assert _refused(models("olmoe"), tmp_path / "d.safetensors", tmp_path / "b") == "verification_failed"
+
+
+@pytest.mark.parametrize("metadata", [None, {"seuf": "{"}, {"seuf": '{"base": "x"}'}, {"seuf": "[]"}])
+def test_a_file_that_is_no_delta(models, tmp_path, metadata):
+    save_file({"a": torch.zeros(2)}, tmp_path / "d.safetensors", metadata=metadata)
+    assert _refused(models("olmoe"), tmp_path / "d.safetensors", tmp_path / "b") == "not_a_delta"
+    assert _refused(models("olmoe"), tmp_path / "missing", tmp_path / "b") == "not_a_delta"
+
+
+def _facts(delta: Path) -> str:
+    with safe_open(delta, "pt") as library:
+        return library.metadata()["seuf"]
