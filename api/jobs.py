@@ -72,7 +72,7 @@ def _check_needs_retain(body: schemas.JobCreate) -> None:
         raise at(
             "/retain_set",
             422,
-            "retain_set_needed",
+            "retain_set_required",
             f"This method ({why}) needs a retain set and the job has none.",
             'Add retain_set, or use {"objective": "gradient_ascent", "attribution": "affinity"}.',
         )

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from api.validation import field_errors
 from seuf_core.errors import SeufError
@@ -138,7 +139,7 @@ def _from_starlette(request: Request, error: HTTPException) -> Problem:
             "method_not_allowed",
             f"{where} is not allowed.",
             "The Allow header names the methods of this path.",
-            headers=error.headers,
+            headers={"Allow": ", ".join(_methods_of(request))} if error.status_code == 405 else None,
         ),
         400: Problem(
             400, "unreadable_body", "The request body cannot be read.", "Send JSON with its Content-Type."
@@ -149,6 +150,16 @@ def _from_starlette(request: Request, error: HTTPException) -> Problem:
     phrase = HTTPStatus(error.status_code).phrase
     code = phrase.lower().replace(" ", "_").replace("-", "_")
     return Problem(error.status_code, code, str(error.detail or phrase), headers=error.headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """The methods of this path over all routes; the framework names those of the first route only."""
+    routes = request.app.routes
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _validation_problem(request: Request, error: Exception) -> JSONResponse:

@@ -138,8 +138,9 @@ def test_a_checkpoint_without_delta_says_so(tenant, tiny_model, tmp_path):
 def test_only_files_of_the_manifest_exist(tenant, made, name):
     (tenant.served.settings.data_dir / "secret").write_text("not for you")
     connection = tenant.http.build_request("GET", "/")
-    # Past httpx, which would tidy the dots away before sending.
     connection.url = connection.url.copy_with(raw_path=f"/checkpoints/{made}/files/{name}".encode())
     answer = tenant.http.send(connection)
     assert answer.status_code == 404
-    assert answer.json()["code"] in ("checkpoint_file_not_found", "route_not_found")
+    # httpx tidies unescaped dots away before it sends, so that path ends elsewhere.
+    wanted = "checkpoint_not_found" if name.startswith("../") else "checkpoint_file_not_found"
+    assert answer.json()["code"] == wanted

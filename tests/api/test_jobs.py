@@ -76,7 +76,7 @@ BAD_JOBS = {
         "/forget_set",
     ),
     "neither": ({"forget_set": {}}, "invalid_value", "/forget_set"),
-    "no retain set": ({"retain_set": None}, "retain_set_needed", "/retain_set"),
+    "no retain set": ({"retain_set": None}, "retain_set_required", "/retain_set"),
     "inline example broken": (
         {"forget_set": {"examples": [EXAMPLE, {"prompt": "only"}]}},
         "missing_field",

@@ -26,7 +26,8 @@ def test_problems_of_the_framework_itself(tenant):
         assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code)
         assert problem.keys() >= {"type", "title", "status", "detail", "code", "request_id"}
         assert problem["request_id"] == answer.headers["X-Request-Id"]
-    assert "GET" in tenant.http.put("/jobs").headers["Allow"]
+    assert tenant.http.put("/jobs").headers["Allow"] == "GET, POST"
+    assert tenant.http.post("/files/file_x").headers["Allow"] == "GET, DELETE"
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[" * 100_000, b'{"model": \xff}'])
