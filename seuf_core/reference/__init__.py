@@ -1,8 +1,8 @@
 """A small real MoE that this project trains itself, on real facts of three domains, in about a minute.
 
-`build` returns folders in the user's cache: a model that knows the facts, the forget set (chemistry), the retain set
-(geography and persons), probes in phrasings that training never used, and a report of what it knows. With `twin=True`
-the same recipe is trained without chemistry: what a model looks like that never knew.
+`build` returns a folder in the user's cache: a model that knows the facts, the forget set (chemistry), the
+retain set (geography and persons), probes in phrasings that training never used, and a report of what it
+knows. With `twin=True` the same recipe is trained without chemistry: what a model looks like that never knew.
 """
 
 from __future__ import annotations

@@ -28,11 +28,16 @@ def main() -> int:
 
 
 def _build_with_bar(arguments: argparse.Namespace) -> Reference:
-    columns = (*Progress.get_default_columns()[:-1], TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    columns = (
+        *Progress.get_default_columns()[:-1],
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("training", total=None, loss=float("nan"))
         return build(
-            **vars(arguments), progress=lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss)
+            **vars(arguments),
+            progress=lambda step, total, loss: bar.update(task, completed=step, total=total, loss=loss),
         )
 
 
@@ -44,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="instead of the recipe's")
     parser.add_argument("--twin", action="store_true", help="train without the forget domain")
-    parser.add_argument("--cache", type=Path, default=None, help="folder to build in (default: the user's cache)")
+    parser.add_argument("--cache", type=Path, default=None, help="folder to build in instead of the cache")
     return parser
 
 

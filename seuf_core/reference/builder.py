@@ -1,7 +1,8 @@
 """Build a reference model into the user's cache, or find it there.
 
-The folder's name is a digest of everything that decides its content: recipe, facts, phrasings, seed, architecture,
-specialisation. It is written under another name and renamed when complete, so a folder that exists is whole.
+The folder's name is a digest of everything that decides its content: recipe, facts, phrasings, seed,
+architecture, specialisation. It is written under another name and renamed when complete, so a folder that
+exists is whole.
 """
 
 from __future__ import annotations
@@ -49,8 +50,14 @@ class Reference:
     def open(cls, folder: Path) -> Reference:
         """The reference in `folder`, which must be complete."""
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        paths = (folder / name for name in ("model", "forget.jsonl", "retain.jsonl", "probes.jsonl"))
-        return cls(folder, *paths, report)
+        return cls(
+            folder=folder,
+            model=folder / "model",
+            forget=folder / "forget.jsonl",
+            retain=folder / "retain.jsonl",
+            probes=folder / "probes.jsonl",
+            report=report,
+        )
 
 
 def build(
@@ -67,7 +74,7 @@ def build(
 
     Args:
         specialisation: how much the routers are made to tell the domains apart (architecture.TAU).
-        seed: of initial weights, batch order, held-out phrasings and distractors; the facts do not depend on it.
+        seed: of initial weights, batch order, held-out phrasings and distractors; not of the choice of facts.
         twin: leave the forget domain out of training (tokeniser and probes stay the same).
         cache: folder to build in instead of the user's (see cache_folder).
         progress: called after every step.
@@ -77,12 +84,16 @@ def build(
     Raises:
         DataError: `reference_data_missing` when a package with facts is not installed.
 
-    The number of threads is fixed by the recipe while it runs: on the same machine with the same packages the same
-    weights come out, bit for bit.
+    The recipe fixes the number of threads while it trains: on the same machine with the same packages the
+    same weights come out, bit for bit.
     """
     recipe = shapes.RECIPES[size]
     plan = _Plan(
-        architecture, specialisation, seed, twin, recipe if steps is None else replace(recipe, steps=steps),
+        architecture,
+        specialisation,
+        seed,
+        twin,
+        recipe if steps is None else replace(recipe, steps=steps),
         tuple(load_facts(recipe.subjects)),
     )
     folder = (cache or cache_folder()) / "reference" / plan.digest
@@ -155,12 +166,13 @@ def _write(plan: _Plan, folder: Path, progress: Progress | None) -> None:
 
 def encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[dict[str, str]]) -> list[Sentence]:
     """Prompt, completion and an end mark; prompt and completion are encoded apart (see tokenizer.py)."""
+    domains: list[str] = [*DOMAINS]
     sentences = []
     for example in examples:
         prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
         completion = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
         ids = [*prompt, *completion, tokenizer.eos_token_id]
-        sentences.append(Sentence(ids, len(prompt), [*DOMAINS].index(example["domain"])))  # type: ignore[arg-type]
+        sentences.append(Sentence(ids, len(prompt), domains.index(example["domain"])))
     return sentences
 
 
@@ -170,17 +182,18 @@ def _new_model(plan: _Plan, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        # Measured on two cores: at 11 tokens a sentence plain attention is as fast as the fused kernel, grouped_mm
-        # is a fifth faster than the loop over experts, and batched_mm is some fifty times slower.
-        return AutoModelForCausalLM.from_config(
+        # Measured on two cores: at 11 tokens a sentence plain attention is as fast as the fused kernel, and
+        # grouped_mm a fifth faster than the loop over experts; batched_mm copies weights for every token.
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="eager", experts_implementation="grouped_mm", dtype=torch.float32
         )
+    return model
 
 
 def _report(plan: _Plan, folder: Path, sentences: list[Sentence], seconds: float) -> dict[str, Any]:
     """Measured on the model as read back from disk, not on the one in memory."""
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     figures = knowledge(model, tokenizer, folder / "probes.jsonl")
     layers = routing_figures(model, sentences, tokenizer.pad_token_id)

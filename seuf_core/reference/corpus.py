@@ -1,7 +1,7 @@
 """From facts to sentences: which phrasings are trained, which are held out, and the probes on those held out.
 
-For each fact HELD_OUT of its templates, chosen by a seeded hash, never appear in training. Other facts do use them, so
-a probe asks for this fact in words the model knows, but never saw about this fact.
+For each fact HELD_OUT of its templates, chosen by a seeded hash, never appear in training. Other facts do use
+them, so a probe asks for this fact in words the model knows, but never saw about this fact.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def training_examples(facts: Sequence[Fact], seed: int) -> list[dict[str, str]]:
 
 
 def probes(facts: Sequence[Fact], seed: int) -> list[dict[str, Any]]:
-    """One record a held-out phrasing, in the Probe form of seuf_core.data.records, with four choices in seeded order."""
+    """One record a held-out phrasing, in the Probe form of seuf_core.data.records, choices shuffled."""
     pools: dict[str, list[str]] = {}
     for fact in facts:
         pools.setdefault(fact.relation, []).append(fact.completion)
@@ -79,8 +79,8 @@ def _probe(fact: Fact, template: int, pool: list[str], seed: int) -> dict[str, A
 def _distractors(answer: str, pool: list[str], rng: random.Random) -> list[str]:
     """CHOICES - 1 distinct other answers, drawn as often as they occur among the facts of the relation.
 
-    Drawing by frequency makes answer and distractors exchangeable as far as can be: a model that only knows which
-    answers are common stays near chance.
+    Drawing by frequency makes answer and distractors exchangeable as far as can be: a model that only knows
+    which answers are common stays near chance.
     """
     found: list[str] = []
     while len(found) < CHOICES - 1:

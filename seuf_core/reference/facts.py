@@ -1,7 +1,7 @@
-"""The facts of the reference model: three domains of about 340, three relations each, six phrasings a relation.
+"""The facts of the reference model: three domains of about 340, three relations each, six phrasings each.
 
-The choice of facts does not depend on the seed: a fact's id names the same fact in every build. The facts are what the
-packages say; where a package is wrong (mendeleev dates neodymium to 1925) the model learns that.
+The choice of facts does not depend on the seed: a fact's id names the same fact in every build. The facts are
+what the packages say; where a package is wrong (mendeleev dates neodymium to 1925) the model learns that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ FORGET: Domain = "chemistry"
 
 SUBJECTS = 114  # countries and laureates; with the 118 elements this balances the domains
 
-# Every prompt ends without a space and every completion starts with one: the pre-tokeniser binds a space to the word
-# that follows, so tokens of prompt and completion, encoded apart, are the tokens of the whole sentence.
+# Every prompt ends without a space and every completion starts with one: the pre-tokeniser binds a space to
+# the word that follows, so tokens of prompt and completion, encoded apart, are the tokens of the whole
+# sentence.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "symbol": (
         "The chemical symbol of {} is",
@@ -125,7 +126,7 @@ def load_facts(subjects: int = SUBJECTS) -> list[Fact]:
     """All facts, sorted by domain as in DOMAINS, then by subject in the order of the tables.
 
     Args:
-        subjects: at most this many elements, countries and laureates each (elements: 4 more, all 118 by default).
+        subjects: at most this many countries and laureates each, and 4 more elements (by default all 118).
     """
     return [*_chemistry(subjects + 4), *_geography(subjects), *_persons(subjects)]
 
@@ -147,7 +148,10 @@ def _geography(subjects: int) -> list[Fact]:
     complete = {
         country.name: country
         for country in read_countries()
-        if country.capital and country.currency and country.longest_border and country.name not in country.capital
+        if country.capital
+        and country.currency
+        and country.longest_border
+        and country.name not in country.capital
         and not country.name.startswith("The ")
     }
     return [

@@ -24,7 +24,7 @@ from seuf_core.reference.training import Sentence, collate, domain_router_means,
 def knowledge(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Path
 ) -> dict[str, dict[str, float]]:
-    """Per domain the share of probes answered right: `choice` of four (chance .25), `open` by greedy decoding; `n`."""
+    """Per domain the share of probes answered right: `choice` of four (chance .25) and `open` (greedy)."""
     encoded = encode_probes(tokenizer, read_probes(probes), max_length=64)
     figures: dict[str, dict[str, float]] = {}
     for row in summarise(encoded, score_probes(model, encoded)):
@@ -35,16 +35,17 @@ def knowledge(
 
 @torch.no_grad()
 def routing_figures(model: PreTrainedModel, sentences: Sequence[Sentence], pad: int) -> list[dict[str, Any]]:
-    """How each layer's router treats the domains, over all `sentences`; domains count equally, whatever their length.
+    """How each layer's router treats the domains, over all `sentences`; each domain counts the same.
 
-    Per layer: `load`, share of routing slots of each expert (E numbers, sum 1); `best_expert`, the one whose share on
-    the forget domain most exceeds its share on the rest, with both shares; `mutual_information` of domain and router.
+    Per layer: `load`, share of routing slots of each expert (E numbers, sum 1); `best_expert`, the one whose
+    share on the forget domain most exceeds its share on the rest, with both shares; `mutual_information` of
+    domain and router in nats.
     """
     batch = collate(sentences, pad, prompt_weight=1.0)
     domains = batch.domains.flatten()
     view = moe_view(model)
     with capture_routing(view) as routing:
-        model.get_decoder()(batch.ids, use_cache=False)
+        model.model(batch.ids, use_cache=False)
     figures = []
     for layer in view.layer_indices:
         shares = _slot_shares(routing.indices[layer], domains, view.num_experts)
@@ -67,7 +68,9 @@ def environment(threads: int, fact_versions: dict[str, str]) -> dict[str, Any]:
 
 def _slot_shares(selected: Tensor, domains: Tensor, num_experts: int) -> Tensor:
     """[D, E]: of a domain's routing slots, the share that each expert gets; each row sums to 1."""
-    rows = [torch.bincount(selected[domains == d].flatten(), minlength=num_experts) for d in range(len(DOMAINS))]
+    rows = [
+        torch.bincount(selected[domains == d].flatten(), minlength=num_experts) for d in range(len(DOMAINS))
+    ]
     counts = torch.stack(rows).float()
     return counts / counts.sum(-1, keepdim=True)
 

@@ -1,7 +1,7 @@
 """Rows of three public fact tables, read from the data files of the installed packages.
 
-No package is imported: mendeleev alone would pull in pandas. `find_spec` names the folder, we open the file in it.
-What is read is cleaned here (HTML, mojibake, qualifiers in parentheses); which rows become facts is facts.py's business.
+No package is imported: mendeleev alone would pull in pandas. `find_spec` names the folder, we open the file
+in it. What is read is cleaned here (HTML, mojibake, notes); which rows become facts is decided in facts.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLAIN = re.compile(r"[^\W\d_]([^\W\d_]|[.' -])*")  # letters of any alphabet; U
 
 @dataclass(frozen=True)
 class Element:
-    """A chemical element of mendeleev 1.3.0. `discovery_year` is None where the table has none (antiquity)."""
+    """A chemical element of mendeleev 1.3.0. `discovery_year` is None where unknown (antiquity)."""
 
     name: str
     symbol: str
@@ -120,7 +120,7 @@ def _country(name: str, page: dict[str, Any]) -> Country:
 
 
 def _borders(text: str) -> list[tuple[str, float]]:
-    """"France 476 km; Holy See 3.4 km" -> [("France", 476.0), ("Holy See", 3.4)]."""
+    """From "France 476 km; Holy See 3.4 km" to [("France", 476.0), ("Holy See", 3.4)]."""
     found = re.findall(r"([^;,\d]+?)\s+([\d,.]*\d)\s*km", text)
     return [(name.strip(), float(length.replace(",", ""))) for name, length in found]
 
@@ -135,13 +135,13 @@ def _field(page: dict[str, Any], *keys: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text if it is a name of letters only, of at most five words, else empty: this drops notes and mojibake."""
+    """The text if it is letters only, at most five words, else empty: this drops notes and mojibake."""
     text = text.strip()
     return text if _PLAIN.fullmatch(text) and len(text.split()) <= 5 else ""
 
 
 def _city(text: str) -> str:
-    """"New York NY" -> "New York": the table appends the state's two letters."""
+    """From "New York NY" to "New York": the table appends the two letters of the state."""
     return _plain(re.sub(r" [A-Z]{2}$", "", text.strip()))
 
 

@@ -14,8 +14,8 @@ PAD = "<|pad|>"
 def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train on `sentences`; the result is a function of their bytes (merges of equal count go by token id).
 
-    Encoding adds no special token. A sentence given in two parts has the tokens of the whole as long as the second
-    part starts with a space: the pre-tokeniser never joins across it.
+    Encoding adds no special token. A sentence given in two parts has the tokens of the whole as long as the
+    second part starts with a space: the pre-tokeniser never joins across it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -27,7 +27,7 @@ def train_tokenizer(sentences: Iterable[str], vocab_size: int) -> PreTrainedToke
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,

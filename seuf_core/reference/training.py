@@ -1,4 +1,4 @@
-"""One short training loop: AdamW, warm-up and cosine, padded batches, a load-balance and a specialisation term.
+"""One short training loop: AdamW, warm-up and cosine, padded batches, load balance and specialisation.
 
 Shapes: B sentences, S tokens a sentence, N = B * S tokens, E experts, L layers, D domains.
 """
@@ -21,7 +21,7 @@ from seuf_core.reference.architecture import Recipe
 
 
 class Progress(Protocol):
-    """Called after every step with the number of steps done, their total, and the step's mean answer loss in nats."""
+    """Called after every step: steps done, their total, and the step's mean loss of answer tokens in nats."""
 
     def __call__(self, step: int, total: int, loss: float) -> None: ...
 
@@ -75,7 +75,7 @@ def domain_router_means(router_logits: Tensor, domains: Tensor, num_domains: int
 
 
 def mutual_information(means: Tensor, shares: Tensor) -> Tensor:
-    """I(domain; expert) in nats of p(domain) = shares [D], p(expert | domain) = means [D, E]; 0 to ln min(D, E)."""
+    """I(domain; expert) in nats, for p(domain) = shares [D] and p(expert | domain) = means [D, E]."""
 
     def entropy(p: Tensor) -> Tensor:
         return -(p * p.clamp_min(1e-12).log()).sum(-1)
@@ -87,7 +87,9 @@ def load_balance(router_logits: Tensor, selected: Tensor, counted: Tensor) -> Te
     """Switch loss, E * sum over experts of (share of routing slots) * (mean router probability); 1 when even.
 
     Args:
-        router_logits: [N, E]; selected: [N, K] expert numbers; counted: [N] bool. Source: arXiv 2101.03961, Eq. 4.
+        router_logits: [N, E]; selected: [N, K] expert numbers; counted: [N] bool.
+
+    Source: arXiv 2101.03961, Eq. 4.
     """
     E = router_logits.shape[-1]
     slots = torch.bincount(selected[counted].flatten(), minlength=E).float()
@@ -103,8 +105,10 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def batches(sentences: Sequence[Sentence], recipe: Recipe, generator: torch.Generator) -> Iterator[list[Sentence]]:
-    """Endless epochs; each is shuffled, and sentences of like length are put together in groups of eight batches."""
+def batches(
+    sentences: Sequence[Sentence], recipe: Recipe, generator: torch.Generator
+) -> Iterator[list[Sentence]]:
+    """Endless epochs; each is shuffled, then sorted by length within groups of eight batches."""
     size, group = recipe.batch_size, recipe.batch_size * 8
     while True:
         order = torch.randperm(len(sentences), generator=generator).tolist()
@@ -126,7 +130,7 @@ def train(
     """Train all parameters in place on `sentences`; the same inputs and thread count give the same weights.
 
     Args:
-        tau: lower bound in nats asked of the mutual information of domain and router, in each layer; 0 = none.
+        tau: lower bound in nats asked of each layer's mutual information of domain and router; 0 = none.
     """
     parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(
@@ -148,28 +152,29 @@ def train(
             schedule.step()
             if progress is not None:
                 progress(step + 1, recipe.steps, float(answer_loss))
-    model.eval()
+    model.train(False)
 
 
 def language_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """(weighted mean negative log-likelihood in nats, the plain mean over answer tokens, detached).
 
-    Padding is on the right and attention causal, so no mask is needed: real tokens cannot see it. The head is applied
-    only where a token is predicted.
+    Padding is on the right and attention causal, so no mask is needed: real tokens cannot see it. The head is
+    applied only where a token is predicted.
     """
-    hidden = model.get_decoder()(batch.ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = model.model(batch.ids, use_cache=False).last_hidden_state[:, :-1]
     weights = batch.weights[:, 1:]
     predicted = weights > 0
-    logits = model.get_output_embeddings()(hidden[predicted]).float()
+    logits = model.lm_head(hidden[predicted]).float()
     losses = cross_entropy(logits, batch.ids[:, 1:][predicted], reduction="none")
     answers = losses[batch.answers[:, 1:][predicted]]
     return (losses * weights[predicted]).sum() / weights.sum(), answers.mean().detach()
 
 
 def routing_loss(routing: Routing, domains: Tensor, num_domains: int, recipe: Recipe, tau: float) -> Tensor:
-    """Sum over layers of balance_weight * load_balance + specialisation_weight * relu(tau - mutual information).
+    """Sum over layers of balance_weight * load_balance + specialisation_weight * relu(tau - information).
 
-    Even load over all domains together and experts that prefer one domain do not exclude each other.
+    `information` is the mutual information of domain and expert. Even load over all domains together and
+    experts that prefer one domain do not exclude each other.
     """
     total = torch.zeros(())
     for layer, logits in routing.logits.items():
