@@ -1,0 +1,82 @@
+"""The Celery lane: a message says that a job is ready, and holds nothing but its id.
+
+The database is the truth. A message that comes twice, late or for a finished job finds nothing to claim;
+one that never
+comes is sent again. So acknowledgement is early, and there is no result backend.
+"""
+
+import logging
+import multiprocessing
+from functools import lru_cache
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_shutting_down
+from kombu.exceptions import OperationalError
+
+from store.database import Database
+from store.settings import Settings
+from worker.lanes import worker_id
+from worker.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+TASK = "worker.run_job"
+
+app = Celery("seuf", broker=Settings().broker_url or None, set_as_current=False)
+app.conf.update(
+    task_default_queue="seuf",
+    task_serializer="json",
+    accept_content=["json"],
+    task_ignore_result=True,
+    task_acks_late=False,
+    # One engine at a time. Prefork, although the task only waits for another process: the main process
+    # stays free to
+    # answer `inspect ping` (the container's health check), to keep its connection to Redis, and to hear
+    # SIGTERM.
+    worker_pool="prefork",
+    worker_concurrency=1,
+    worker_prefetch_multiplier=1,
+    # With early acknowledgement, prefetch 1 still reserves the next message while a job runs: it would
+    # wait for hours
+    # behind that job while other workers are idle.
+    worker_disable_prefetch=True,
+    # The child imports no torch, but on a loaded machine even that may take longer than the default of 4
+    # s, after which
+    # Celery kills it and starts over.
+    worker_proc_alive_timeout=60,
+    broker_connection_retry_on_startup=True,
+    worker_hijack_root_logger=False,
+    worker_send_task_events=False,
+)
+
+# Made before the pool forks, so that the main process, which gets SIGTERM, can tell the child, which runs
+# the job.
+_stopping = multiprocessing.Event()
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _stop(**_: Any) -> None:
+    _stopping.set()
+
+
+@app.task(name=TASK)  # type: ignore[untyped-decorator]
+def run_job(job_id: str) -> None:
+    """Run the job if it is still queued."""
+    if not _supervisor().run(job_id, _stopping.is_set):
+        log.info("%s is not queued any more", job_id)
+
+
+def publish(job_id: str) -> None:
+    """Tell the workers of a job; ConnectionError when the broker cannot be reached."""
+    try:
+        app.send_task(TASK, args=[job_id])
+    except OperationalError as error:
+        raise ConnectionError("The broker is away.") from error
+
+
+@lru_cache(maxsize=1)
+def _supervisor() -> Supervisor:
+    """Made on first use, in the child: database connections must not cross a fork."""
+    settings = Settings()
+    return Supervisor(Database(settings.database_url), settings, worker_id())

@@ -1,0 +1,44 @@
+"""The database lane: one machine, no broker. Asks the database for the oldest queued job and runs it."""
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+
+from sqlalchemy.exc import OperationalError
+
+from store.database import Database
+from store.settings import Settings
+from worker import dispatcher
+from worker.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.5
+"""Between two looks at an empty queue: one indexed query."""
+
+
+def worker_id() -> str:
+    """Who this worker is, for people: host and process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def run_database_lane(settings: Settings, wait: Callable[[float], bool]) -> None:
+    """Run jobs one after the other until `wait` (sleep at most so long; true: end) says so."""
+    database = Database(settings.database_url)
+    supervisor = Supervisor(database, settings, worker_id())
+    beside = threading.Thread(
+        target=dispatcher.loop, args=(database, None, wait), name="dispatcher", daemon=True
+    )
+    beside.start()
+    log.info("database lane %s ready", supervisor.worker_id)
+    while not wait(0):
+        try:
+            took = supervisor.run(None, lambda: wait(0))
+        except OperationalError as error:
+            log.warning("database away (%s)", type(error).__name__)
+            took = False
+        if not took:
+            wait(IDLE_SECONDS)
+    beside.join()
