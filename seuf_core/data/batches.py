@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from seuf_core.data.records import Example
+from seuf_core.errors import DataError
 
 IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sequence. Tokens from position `labels_from` on are labels; those before are prompt.
+    """One sequence. Tokens from position `labels_from` (at least 1) on are labels; those before are prompt.
 
-    truncated: whether max_length cut tokens off its end.
+    truncated: whether max_length cut tokens off.
     """
 
     input_ids: list[int]
@@ -27,7 +30,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded on the right. input_ids, attention_mask (1 = real token), labels (-100 = no label): [B, S] int64."""
+    """Padded on the right; each [B, S] int64: attention_mask 1 = real token, labels -100 = no label."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -39,21 +42,67 @@ class Batch:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> Encoded:
-    """Tokens of the prompt, then of the completion, each tokenised by itself so that the boundary never moves.
+    """`encode_pairs` of one pair."""
+    return encode_pairs(tokenizer, [(prompt, completion)], max_length)[0]
 
-    The prompt gets the tokenizer's own special tokens at its start (a BOS, where the model has one). Without a
-    prompt the first token has nothing before it and is no label. A prompt too long loses its start, so that the
-    completion is always there; a completion too long loses its end.
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[Encoded]:
+    """Every example as one sequence, in order. Raises as `encode_pairs` does."""
+    return encode_pairs(tokenizer, [(e.prompt, e.completion) for e in examples], max_length)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int
+) -> list[Encoded]:
+    """Tokens of prompt and completion of each pair, in order.
+
+    The prompt's tokens are those it has alone, so that all completions of one prompt share them and the first
+    label never moves. In front stands what the tokenizer itself puts there (a BOS, where the model has one).
+    Without either, the first token has nothing before it and is no label. A prompt too long loses its start,
+    so that the completion is always there; a completion too long loses its end.
+
+    Raises:
+        DataError: no_label_tokens, when a completion leaves nothing to predict.
     """
-    prefix = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-    bos = _leading_specials(tokenizer)
-    answer = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    kept_answer = answer[: max(1, max_length - len(bos) - 1)] if prefix or bos else answer[:max_length]
-    room = max_length - len(bos) - len(kept_answer)
-    kept_prefix = prefix[len(prefix) - room :] if len(prefix) > room else prefix
-    ids = [*bos, *kept_prefix, *kept_answer]
-    truncated = len(kept_answer) < len(answer) or len(kept_prefix) < len(prefix)
-    return Encoded(ids, max(1, len(ids) - len(kept_answer)), truncated)
+    leading = _leading_specials(tokenizer)
+    joined = [(prompt, _spaced(prompt, completion)) for prompt, completion in pairs]
+    alone = _tokens(tokenizer, [prompt for prompt, _ in joined])
+    whole = _tokens(tokenizer, [prompt + completion for prompt, completion in joined])
+    encoded = []
+    for number, ((_, completion), before, both) in enumerate(zip(joined, alone, whole, strict=True), start=1):
+        # A sentencepiece tokenizer puts a space of its own before a text, so a completion tokenised by itself
+        # has one too many; only where the boundary falls inside a token is that the lesser evil.
+        natural = both[: len(before)] == before
+        after = both[len(before) :] if natural else _tokens(tokenizer, [completion])[0]
+        encoded.append(_cut(leading, before, after, max_length))
+        if encoded[-1].labels_from >= len(encoded[-1].input_ids):
+            raise DataError(
+                "no_label_tokens",
+                f"Text {number} of {len(pairs)} has no token to predict: it is too short.",
+                "Give it a prompt or a longer text.",
+            )
+    return encoded
+
+
+def _spaced(prompt: str, completion: str) -> str:
+    """The completion with a space in front where prompt and completion would otherwise run into one word.
+
+    Not where either side has white space already, nor beside scripts that are written without spaces.
+    """
+    edges = prompt[-1:] + completion[:1]
+    if not prompt or any(char.isspace() or unicodedata.east_asian_width(char) in "WF" for char in edges):
+        return completion
+    return f" {completion}"
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: what is too long for the model is cut below.
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -62,11 +111,14 @@ def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(empty[:1]) if empty and empty[0] == tokenizer.bos_token_id else []
 
 
-def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
-) -> list[Encoded]:
-    """Every example as one sequence, in order."""
-    return [encode_pair(tokenizer, e.prompt, e.completion, max_length) for e in examples]
+def _cut(leading: list[int], before: list[int], after: list[int], max_length: int) -> Encoded:
+    fewest = len(leading) + min(1, len(before))
+    kept_after = after[: max(1, max_length - fewest)]
+    room = max(0, max_length - len(leading) - len(kept_after))
+    kept_before = before[max(0, len(before) - room) :]
+    ids = [*leading, *kept_before, *kept_after]
+    truncated = len(ids) < len(leading) + len(before) + len(after)
+    return Encoded(ids, max(1, len(ids) - len(kept_after)), truncated)
 
 
 def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
@@ -84,8 +136,10 @@ def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
 
 
 def length_bucketed(rows: Sequence[Encoded], tokens_per_batch: int, pad_token_id: int) -> Iterator[Batch]:
-    """Batches of rows of like length, shortest first, at most `tokens_per_batch` padded tokens each (one row may
-    be longer). For passes whose result does not depend on the order."""
+    """Batches of rows of like length, shortest first, for passes whose result does not depend on the order.
+
+    At most `tokens_per_batch` padded tokens each; a row longer than that is a batch by itself.
+    """
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     start = 0
     for end in range(1, len(ordered) + 1):
@@ -105,7 +159,12 @@ def batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> l
     position = step * batch_size
     while len(indices) < batch_size:
         epoch, offset = divmod(position + len(indices), num_examples)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        permutation = torch.randperm(num_examples, generator=generator).tolist()
-        indices += permutation[offset : offset + batch_size - len(indices)]
+        order = _epoch_order(num_examples, seed, epoch)
+        indices += order[offset : offset + batch_size - len(indices)]
     return indices
+
+
+@lru_cache(maxsize=8)  # an epoch's order is the same for all of its steps
+def _epoch_order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return tuple(torch.randperm(num_examples, generator=generator).tolist())

@@ -1,7 +1,7 @@
 """Train, selection and test parts of a job's data (torch-free).
 
-Losses see train facts, the best step is chosen on selection facts, figures come from test facts. The split is by
-a seeded hash of the fact, so all phrasings of a fact and all its probes fall on one side.
+Losses see train facts, the best step is chosen on selection facts, figures come from test facts. The split is
+by a seeded hash of the fact, so all phrasings of a fact and all its probes fall on one side.
 """
 
 from __future__ import annotations
