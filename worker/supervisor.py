@@ -121,8 +121,8 @@ class Supervisor:
             return
         engine.alive_at = time.monotonic()
         engine.cancel = engine.cancel or heard.cancel_requested
-        # A job that has just ended has no lease either; its engine is given a tick to leave by itself.
-        engine.lease_lost = not heard.alive and not _has_ended(engine.process, within=5)
+        # A job that has just ended has no lease either; its engine may leave by itself.
+        engine.lease_lost = not heard.alive and not _has_ended(engine.process, within=LEAVE_SECONDS)
 
     def _kill(self, engine: _Engine) -> None:
         os.killpg(engine.process.pid, signal.SIGKILL)

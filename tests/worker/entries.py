@@ -1,0 +1,232 @@
+"""Small real functions with the signature of seuf_core.unlearn, for tests of the machinery around the method.
+
+SEUF_ENGINE_ENTRY points the engine process at one of them. Each does what a method may do to a worker:
+finish, take
+long, ignore a stop, refuse its input, crash, run out of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from seuf_core.checkpoint.manifest import MANIFEST, BaseRef, FileEntry, Manifest, sha256_file
+from seuf_core.errors import Cancelled, DataError
+from seuf_core.method import Method
+from seuf_core.observer import Observer
+
+EXPERTS = [{"layer": 1, "expert": 2, "score": 0.9}]
+ATTRIBUTION = {
+    "score": "contrast",
+    "matrix": [[0.1, 0.9], [0.5, float("nan")]],
+    "layers": [0, 1],
+    "stability": {"runs": 2},
+    "coverage": 0.8,
+}
+METRICS = [
+    {
+        "stage": "before",
+        "set": "forget",
+        "domain": None,
+        "name": "choice",
+        "value": 0.75,
+        "n": 4,
+        "chance": 0.25,
+    },
+    {
+        "stage": "after",
+        "set": "forget",
+        "domain": None,
+        "name": "choice",
+        "value": 0.25,
+        "n": 4,
+        "chance": 0.25,
+    },
+]
+
+
+def works(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """Every kind of event, `method.steps` quick steps, a checkpoint of one file."""
+    observer.phase("validating", 1, 1)
+    given = {"model": str(model), "forget": forget.read_text(), "steps": method.steps, "seed": method.seed}
+    observer.phase("attributing", 1, 1)
+    observer.event("attribution", ATTRIBUTION)
+    observer.event("selection", {"experts": EXPERTS, "coverage": 0.8})
+    work.mkdir(parents=True, exist_ok=True)
+    for step in range(1, method.steps + 1):
+        observer.phase("unlearning", step, method.steps)
+        observer.event("step", {"step": step, "loss": 1 / step})
+        time.sleep(0.005)
+    observer.event("rung", {"rung": 0})
+    observer.phase("evaluating", 2, 2)
+    out.mkdir()
+    (out / "given.json").write_text(json.dumps(given))
+    size, sha256 = (out / "given.json").stat().st_size, sha256_file(out / "given.json")
+    manifest = Manifest(
+        created_by="test",
+        base=BaseRef(digest="sha256:0", model_type="qwen2_moe"),
+        files=(FileEntry(name="given.json", bytes=size, sha256=sha256),),
+        changed=(),
+        parameters_changed=1,
+        parameters_total=2,
+    )
+    (out / MANIFEST).write_text(manifest.to_json())
+    return SimpleNamespace(attribution=ATTRIBUTION, selection=EXPERTS, metrics=METRICS, manifest=manifest)
+
+
+def runs_until_stopped(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """Steps of 20 ms; counts them in `work`, and says in an event where it went on from."""
+    work.mkdir(parents=True, exist_ok=True)
+    saved = work / "step"
+    step = int(saved.read_text()) if saved.exists() else 0
+    observer.event("pid", {"pid": os.getpid(), "resumed_at": step})
+    while True:
+        step += 1
+        observer.phase("unlearning", step, 1_000_000)
+        observer.event("step", {"step": step, "loss": 0.5})
+        time.sleep(0.02)
+        if observer.cancelled():
+            saved.write_text(str(step))
+            raise Cancelled
+
+
+def evaluates_until_stopped(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """A phase that never asks whether it is cancelled."""
+    observer.event("pid", {"pid": os.getpid()})
+    while True:
+        observer.phase("evaluating", 0, 4)
+        time.sleep(0.02)
+
+
+def ignores_stop(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """Sleeps through everything, with a child of its own in its process group."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    observer.event("pid", {"pid": os.getpid(), "child": child.pid})
+    while True:
+        time.sleep(600)
+
+
+def refuses(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """The input cannot be used."""
+    raise DataError(
+        "no_forget_probes", "The evaluation set has no forget probe.", "Add one.", "/evaluation_set"
+    )
+
+
+def crashes(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """An error nobody foresaw, quoting the data."""
+    raise ValueError(forget.read_text())
+
+
+def needs_memory(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """More bytes than any machine has."""
+    return bytearray(1 << 60)
+
+
+def is_killed(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """What the kernel does when memory runs out."""
+    out.mkdir()
+    (out / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def aborts(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """A crash below Python."""
+    os.abort()

@@ -1,0 +1,167 @@
+"""The two lanes as real processes: the database lane on both databases, the Celery lane on a real Redis."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from store.outbox import Outbox
+from tests.services import wait_until
+from tests.worker.conftest import House, is_alive
+
+Make = Callable[..., House]
+SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+POSTGRES = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+
+
+def test_database_lane_runs_what_is_queued_and_what_comes(make_house: Make) -> None:
+    house = make_house("works")
+    first = house.submit()
+    worker = house.start("worker", "--lane", "database")
+    house.wait_for(first, "succeeded")
+    second = house.submit()
+    house.wait_for(second, "succeeded")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+
+
+def test_database_lane_hands_its_job_back_when_stopped(make_house: Make) -> None:
+    house = make_house("runs_until_stopped")
+    job_id = house.submit()
+    worker = house.start("worker", "--lane", "database")
+    pid = house.wait_for_pid(job_id)["pid"]
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert house.job(job_id).status == "queued"
+    assert not is_alive(pid)
+
+
+def test_when_the_worker_is_killed_its_engine_dies_and_its_job_is_run_again(make_house: Make) -> None:
+    house = make_house("ignores_stop", lease_seconds=1)
+    job_id = house.submit()
+    worker = house.start("worker", "--lane", "database")
+    pid = house.wait_for_pid(job_id)["pid"]
+    worker.send_signal(signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid), 5, "the engine to follow its supervisor")
+    again = house.with_settings(engine_entry="tests.worker.entries:works")
+    again.start("worker", "--lane", "database")
+    job = house.wait_for(job_id, "succeeded")
+    assert job.attempts == 2
+    assert [data["status"] for data in house.events(job_id, "status")] == [
+        "queued",
+        "running",
+        "queued",
+        "running",
+        "succeeded",
+    ]
+
+
+def start_celery(house: House, workers: int = 1) -> None:
+    house.start("worker.dispatcher")
+    for _ in range(workers):
+        house.start("worker", "--lane", "celery")
+
+
+def test_celery_lane(make_house: Make, redis_url: str) -> None:
+    house = make_house("works", broker_url=redis_url)
+    start_celery(house)
+    ids = [house.submit() for _ in range(2)]
+    for job_id in ids:
+        job = house.wait_for(job_id, "succeeded", "failed", seconds=60)
+        assert (job.status, job.attempts) == ("succeeded", 1)
+    with house.database.read() as session:
+        assert Outbox(session).pending() == []
+    # Nothing stays with the broker: acknowledged early, and no result backend.
+    broker = redis.Redis.from_url(redis_url)
+    wait_until(lambda: broker.llen("seuf") == 0 and broker.hlen("unacked") == 0, 10, "an empty broker")
+    assert [key for key in broker.keys() if b"celery-task-meta" in key] == []  # noqa: SIM118
+
+
+@POSTGRES
+def test_a_message_holds_a_job_id_and_nothing_else(make_house: Make, redis_url: str) -> None:
+    house = make_house("works", broker_url=redis_url)
+    job_id = house.submit()
+    house.start("worker.dispatcher")
+    broker = redis.Redis.from_url(redis_url)
+    wait_until(lambda: broker.llen("seuf") == 1, 30, "the message")
+    (message,) = (json.loads(one) for one in broker.lrange("seuf", 0, -1))
+    assert message["content-type"] == "application/json"
+    import base64
+
+    arguments, options, _ = json.loads(base64.b64decode(message["body"]))
+    assert (arguments, options) == ([job_id], {})
+    # The same message three times and one for nobody: one run.
+    for extra in (job_id, job_id, "job_nobody"):
+        body = json.dumps([[extra], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+        copy = message | {"body": base64.b64encode(body.encode()).decode()}
+        broker.lpush("seuf", json.dumps(copy))
+    house.start("worker", "--lane", "celery")
+    assert house.wait_for(job_id, "succeeded", seconds=60).attempts == 1
+    wait_until(lambda: broker.llen("seuf") == 0, 20, "the other messages to be taken")
+    assert house.job(job_id).attempts == 1
+
+
+@POSTGRES
+def test_a_job_does_not_wait_behind_a_busy_worker(make_house: Make, redis_url: str) -> None:
+    """Prefetching would park the third job at one of the busy workers; and cancel reaches a job in this
+    lane.
+    """
+    house = make_house("runs_until_stopped", broker_url=redis_url)
+    start_celery(house, workers=2)
+    first, second = house.submit(), house.submit()
+    for job_id in (first, second):
+        house.wait_for(job_id, "running", seconds=60)
+    third = house.submit()
+    broker = redis.Redis.from_url(redis_url)
+    wait_until(lambda: broker.llen("seuf") == 1, 20, "the third message to wait at the broker")
+    house.cancel(second)
+    house.wait_for(second, "cancelled")
+    house.wait_for(third, "running")
+    for job_id in (first, third):
+        house.cancel(job_id)
+        house.wait_for(job_id, "cancelled")
+
+
+@POSTGRES
+def test_a_stopped_celery_worker_hands_its_job_back(make_house: Make, redis_url: str) -> None:
+    house = make_house("runs_until_stopped", broker_url=redis_url)
+    job_id = house.submit()
+    start_celery(house)
+    pid = house.wait_for_pid(job_id)["pid"]
+    worker = house.processes[-1]
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(40) == 0
+    assert not is_alive(pid)
+    assert house.job(job_id).status == "queued"
+    house.start("worker", "--lane", "celery")
+    resumed = house.wait_for_pid(job_id, count=2)["resumed_at"]
+    assert resumed > 0
+
+
+@POSTGRES
+def test_when_a_celery_worker_is_killed_the_engine_dies_and_another_takes_the_job(
+    make_house: Make, redis_url: str
+) -> None:
+    house = make_house("runs_until_stopped", broker_url=redis_url, lease_seconds=2)
+    job_id = house.submit()
+    start_celery(house)
+    pid = house.wait_for_pid(job_id)["pid"]
+    supervisor = parent_of(pid)
+    house.processes[-1].send_signal(signal.SIGKILL)
+    import os
+
+    os.kill(supervisor, signal.SIGKILL)
+    wait_until(lambda: not is_alive(pid), 5, "the engine to follow its supervisor")
+    house.start("worker", "--lane", "celery")
+    house.wait_for_pid(job_id, count=2)
+    assert house.job(job_id).attempts == 2
+
+
+def parent_of(pid: int) -> int:
+    from pathlib import Path
+
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
