@@ -30,6 +30,8 @@ TICK_SECONDS = 0.2
 """How often the supervisor looks whether the engine has ended or it should stop: the delay a person would
 notice.
 """
+LEAVE_SECONDS = 2
+"""What an engine that has just written its job's end, and so has no lease, is given to leave by itself."""
 
 Stop = Callable[[], bool]
 
