@@ -103,7 +103,8 @@ class Supervisor:
                 if engine.cancel or stop():
                     engine.asked_at = now
                     log.info("%s: asking its engine to stop", claim.job_id)
-                    engine.process.terminate()
+                    # Not Popen.terminate: it reaps an engine that has just ended, and its id would be free.
+                    os.kill(engine.process.pid, signal.SIGTERM)
             elif now - engine.asked_at > self.settings.cancel_grace_seconds:
                 self._kill(engine)
             time.sleep(TICK_SECONDS)
