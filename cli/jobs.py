@@ -119,7 +119,7 @@ def _fields(job: Job) -> dict[str, object]:
         "phase": where,
         "step": progress["step"],
         "loss": progress["loss"],
-        "time left": output.duration(progress["seconds_left"]) or None,
+        "time left": output.duration(progress["seconds_left"]) if job["finished_at"] is None else None,
         "error": f"{error['message']} {error['fix'] or ''}" if error else None,
         "model": job["model"],
         "method": f"{job['method']['objective']}, {job['method']['attribution']}, "

@@ -67,7 +67,8 @@ def print_metrics(rows: Sequence[Mapping[str, Any]]) -> None:
         values = [f"{by_stage[stage]['value']:.3f}" if stage in by_stage else "" for stage in stages]
         chance = "" if some["chance"] is None else f"{some['chance']:.3f}"
         lines.append([which, domain or "all", name, *values, chance, some["n"]])
-    print_table(["set", "domain", "figure", *stages, "chance", "n"], lines)
+    heads = [stage.replace("_masked", " (masked)") for stage in stages]
+    print_table(["set", "domain", "figure", *heads, "chance", "n"], lines)
 
 
 def size(number: float) -> str:

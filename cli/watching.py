@@ -10,10 +10,9 @@ from cli import output
 if TYPE_CHECKING:
     from cli.live import Live
     from client import Client
-    from client.types import Event, Job
+    from client.types import Event, Job, Progress
 
-# An event says that something moved; the job says where it stands, time left included.
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 1.0  # between two looks at the job itself
 
 
 def follow(client: Client, job_id: str, json: bool) -> Job:
@@ -24,39 +23,61 @@ def follow(client: Client, job_id: str, json: bool) -> Job:
         return client.job(job_id)
     from cli.live import Live
 
-    looked = 0.0
     with Live() as live:
+        shown = _Shown(client, live, job_id)
         for event in client.events(job_id):
-            _note(live, event)
-            if event["type"] in ("phase", "step") and time.monotonic() - looked >= LOOK_SECONDS:
-                _show(live, client.job(job_id))
-                looked = time.monotonic()
+            shown.take(event)
     return client.job(job_id)
 
 
-def _show(live: Live, job: Job) -> None:
-    progress = job["progress"]
-    live.show(
-        progress["phase"] or job["status"],
-        progress["done"],
-        progress["total"],
-        step=progress["step"],
-        loss=progress["loss"],
-        seconds_left=progress["seconds_left"],
-    )
+class _Shown:
+    """Turns events into what a person sees."""
 
+    def __init__(self, client: Client, live: Live, job_id: str) -> None:
+        self._client = client
+        self._live = live
+        self._job_id = job_id
+        self._looked = 0.0
+        self._place: tuple[str, int, int] = ("queued", 0, 0)
+        self._training: Progress | None = None
 
-def _note(live: Live, event: Event) -> None:
-    """The few events a person wants to keep on the screen."""
-    data = event["data"]
-    match event["type"]:
-        case "status":
-            live.show(str(data["status"]))
-        case "selection":
-            experts = ", ".join(f"layer {e['layer']} expert {e['expert']}" for e in data["experts"])
-            live.note(f"selected: {experts}")
-        case "warning":
-            live.note(f"warning: {data.get('message', '')}")
+    def take(self, event: Event) -> None:
+        """One event."""
+        data = event["data"]
+        match event["type"]:
+            case "status":
+                self._live.show(str(data["status"]))
+            case "phase":
+                if data["phase"] != self._place[0]:
+                    self._training = None
+                self._place = (data["phase"], data["done"], data["total"])
+                self._show()
+            case "step":
+                self._look()
+                self._show()
+            case "selection":
+                experts = ", ".join(f"layer {e['layer']} expert {e['expert']}" for e in data["experts"])
+                self._live.note(f"selected: {experts}")
+            case "warning":
+                self._live.note(f"warning: {data.get('message', '')}")
+
+    def _look(self) -> None:
+        """The job knows the time left, which events do not carry."""
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._training = self._client.job(self._job_id)["progress"]
+            self._looked = time.monotonic()
+
+    def _show(self) -> None:
+        training = self._training
+        if training is None:
+            self._live.show(*self._place)
+            return
+        self._live.show(
+            *self._place,
+            step=training["step"],
+            loss=training["loss"],
+            seconds_left=training["seconds_left"],
+        )
 
 
 def outcome(client: Client, job: Job) -> None:

@@ -51,6 +51,7 @@ class Client:
     def __init__(self, base_url: str, api_key: str, *, timeout: float = 30.0) -> None:
         self.base_url = base_url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}", "User-Agent": "seuf-client"}
+        self._timeout = timeout
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout)
 
     def __enter__(self) -> Self:
@@ -225,7 +226,7 @@ class Client:
 
     def _stream(self, job_id: str, after: int) -> AbstractContextManager[httpx.Response]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        timeout = httpx.Timeout(self._http.timeout, read=STREAM_SILENCE)
+        timeout = httpx.Timeout(self._timeout, read=STREAM_SILENCE)
         return self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=timeout)
 
 

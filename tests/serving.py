@@ -1,6 +1,6 @@
 """The real API on a real socket for tests: uvicorn in a thread, once a session per kind of database.
 
-Each test is a tenant of its own with a key of its own, so that tests share a server without seeing each other.
+Each test is a tenant of its own with its own key, so that tests share a server without seeing each other.
 """
 
 from __future__ import annotations
@@ -92,6 +92,10 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     database.dispose()
 
 
+# For what does not reach the database, or does not depend on which it is: once is enough.
+on_sqlite = pytest.mark.parametrize("served", ["sqlite"], indirect=True)
+
+
 @dataclass(frozen=True)
 class Tenant:
     """One test's own view of a running API."""
@@ -161,7 +165,7 @@ def lines_of(purpose: str, number: int = 3) -> list[str]:
 
 
 def finish(served: Served, held: FencedJob, folder: Path, content: dict[str, bytes]) -> str:
-    """End a claimed job the way a worker does: results, checkpoint folder, success. Returns the checkpoint's id."""
+    """End a claimed job as a worker does: results, checkpoint folder, success. Returns the checkpoint's id."""
     folder.mkdir()
     for name, data in content.items():
         (folder / name).write_bytes(data)
@@ -188,5 +192,3 @@ def finish(served: Served, held: FencedJob, folder: Path, content: dict[str, byt
         held.publish_checkpoint(checkpoint, size, manifest.model_dump(mode="json"))
         held.succeed()
     return checkpoint
-
-

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.serving import finish
+from tests.serving import finish, on_sqlite
 
 SIZE = 3 * (1 << 20) + 77  # several pieces of the server's reading, and no round number
 NAME = "model-00001-of-00001.safetensors"
@@ -63,6 +63,7 @@ RANGES = {
 }
 
 
+@on_sqlite
 @pytest.mark.parametrize("asked", RANGES)
 def test_a_range_is_exact_to_the_byte(tenant, made, content, asked):
     start, end = RANGES[asked]
@@ -74,6 +75,7 @@ def test_a_range_is_exact_to_the_byte(tenant, made, content, asked):
     assert answer.headers["ETag"]
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     "asked", ["bytes=5-3", "lines=0-1", "bytes=a-b", "bytes=-", "bytes", "bytes=0-1,5-6", "bytes=²-3"]
 )
@@ -83,6 +85,7 @@ def test_a_range_that_cannot_be_understood_gives_the_whole_file(tenant, made, co
     assert (answer.status_code, answer.content == content[NAME]) == (200, True)
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("name", "asked"), [(NAME, f"bytes={SIZE}-"), (NAME, "bytes=-0"), ("empty.txt", "bytes=0-")]
 )
@@ -92,6 +95,7 @@ def test_a_range_outside_the_file_is_a_problem(tenant, made, content, name, aske
     assert answer.headers["Content-Range"] == f"bytes */{len(content[name])}"
 
 
+@on_sqlite
 def test_if_range_guards_a_resumed_download(tenant, made, content):
     url = f"/checkpoints/{made}/files/{NAME}"
     etag = tenant.http.head(url).headers["ETag"]
@@ -102,6 +106,7 @@ def test_if_range_guards_a_resumed_download(tenant, made, content):
         assert (changed.status_code, changed.content == content[NAME]) == (200, True)
 
 
+@on_sqlite
 def test_head_says_all_and_sends_nothing(tenant, made):
     url = f"/checkpoints/{made}/files/{NAME}"
     head = tenant.http.head(url, headers={"Range": "bytes=0-5"})
@@ -111,6 +116,7 @@ def test_head_says_all_and_sends_nothing(tenant, made):
         assert head.headers[name] == whole.headers[name]
 
 
+@on_sqlite
 def test_a_file_that_is_there_already_is_not_sent_again(tenant, made):
     url = f"/checkpoints/{made}/files/{NAME}"
     etag = tenant.http.head(url).headers["ETag"]
@@ -118,6 +124,7 @@ def test_a_file_that_is_there_already_is_not_sent_again(tenant, made):
     assert (answer.status_code, answer.content) == (304, b"")
 
 
+@on_sqlite
 def test_the_delta_has_an_address_of_its_own(tenant, made):
     assert tenant.http.get(f"/checkpoints/{made}/delta").content == b"delta"
     assert tenant.http.get(f"/checkpoints/{made}/delta", headers={"Range": "bytes=1-2"}).content == b"el"

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from client import sse
+from tests.serving import on_sqlite
 
 STREAM = {"Accept": "text/event-stream"}
 
@@ -97,12 +98,14 @@ def test_an_unknown_job_is_a_problem_not_a_stream(tenant, headers):
     assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
 
 
+@on_sqlite
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "9" * 30])
 def test_a_bad_last_event_id_is_refused(tenant, ended, last):
     answer = tenant.http.get(f"/jobs/{ended}/events", headers=STREAM | {"Last-Event-ID": last})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_event_id")
 
 
+@on_sqlite
 def test_a_page_size_out_of_range_is_refused(tenant, ended):
     answer = tenant.http.get(f"/jobs/{ended}/events?limit=5000")
     assert answer.json()["errors"][0]["parameter"] == "limit"

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from tests.serving import lines_of
+from tests.serving import lines_of, on_sqlite
 
 GOOD = '{"id": "a", "prompt": "Who?", "completion": " Ada."}'
 
@@ -55,6 +55,7 @@ BAD_CONTENT = {
 }
 
 
+@on_sqlite
 @pytest.mark.parametrize("case", BAD_CONTENT)
 def test_a_bad_file_is_refused_with_its_line_and_nothing_is_kept(tenant, case):
     content, status, code, first, line = BAD_CONTENT[case]
@@ -70,6 +71,7 @@ def test_a_bad_file_is_refused_with_its_line_and_nothing_is_kept(tenant, case):
     assert tenant.http.get("/files").json()["data"] == []
 
 
+@on_sqlite
 def test_the_cap_holds_when_no_length_is_declared(tenant):
     boundary = "b0undary"
 
@@ -125,6 +127,7 @@ BAD_FORMS = {
 }
 
 
+@on_sqlite
 @pytest.mark.parametrize("case", BAD_FORMS)
 def test_a_bad_form_is_refused(tenant, case):
     request, status, code, pointer = BAD_FORMS[case]

@@ -8,7 +8,7 @@ from sqlalchemy import select
 
 from seuf_core.method import Method
 from store.tables import AuditRow, Event, File, Job, OutboxMessage
-from tests.serving import finish, lines_of
+from tests.serving import finish, lines_of, on_sqlite
 
 EXAMPLE = {"prompt": "Who?", "completion": " Ada."}
 
@@ -116,9 +116,7 @@ def test_a_bad_job_points_at_its_field_and_leaves_nothing(tenant, tiny_model, ca
     tenant.register(tiny_model)
     body = job_body(tenant, **changes)
     # json.dumps, because httpx refuses to send NaN.
-    answer = tenant.http.post(
-        "/jobs", content=json.dumps(body), headers={"Content-Type": "application/json"}
-    )
+    answer = tenant.http.post("/jobs", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == 422, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     problem = answer.json()
@@ -150,6 +148,7 @@ def test_a_job_that_is_refused_late_keeps_no_inline_file(tenant):
         assert session.scalars(select(Job).where(Job.tenant == tenant.name)).all() == []
 
 
+@on_sqlite
 def test_too_many_inline_examples_are_sent_to_upload(tenant, tiny_model):
     tenant.register(tiny_model)
     many = [{"text": "x" * 1000}] * 1100

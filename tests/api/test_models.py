@@ -8,6 +8,7 @@ import pytest
 
 from api.app import create_app
 from api.settings import ApiSettings
+from tests.serving import on_sqlite
 
 
 def test_a_model_is_described_and_found_by_id_and_name(tenant, tiny_model):
@@ -43,6 +44,7 @@ def folders(tiny_model, tmp_path) -> dict[str, Path]:
     return made
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("folder", "code"),
     [

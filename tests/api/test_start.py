@@ -9,6 +9,7 @@ import pytest
 from api.app import create_app
 from api.auth import PUBLIC
 from api.settings import ApiSettings
+from tests.serving import on_sqlite
 
 HEAVY = ("torch", "transformers", "safetensors", "celery", "numpy")
 
@@ -28,6 +29,7 @@ def routes(app):
             yield method.upper(), path
 
 
+@on_sqlite
 def test_every_route_needs_a_key(served):
     app = create_app(served.settings)
     walked = [(method, path) for method, path in routes(app) if path not in PUBLIC]
