@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from transformers.utils.logging import disable_progress_bar
 
 from seuf_core.errors import SeufError
 from seuf_core.reference import Reference, build
@@ -17,6 +19,7 @@ from seuf_core.reference.architecture import Architecture, Size, Specialisation
 
 def main() -> int:
     arguments = _parser().parse_args()
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers shows one for every file
     try:
         reference = _build_with_bar(arguments)
     except SeufError as error:
@@ -33,7 +36,7 @@ def _build_with_bar(arguments: argparse.Namespace) -> Reference:
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=None, loss=float("nan"))
         return build(
             **vars(arguments),
