@@ -71,8 +71,22 @@ class Served:
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The API on a migrated database, for the whole session."""
+    yield from _serve_on(request.param, request, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def served_on_sqlite(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The same on SQLite only, for folders of tests that do not care."""
+    yield from _serve_on("sqlite", request, tmp_path_factory)
+
+
+def _serve_on(
+    kind: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    if request.param == "sqlite":
+    if kind == "sqlite":
         template: Path = request.getfixturevalue("sqlite_template")
         path = folder / "seuf.db"
         path.write_bytes(template.read_bytes())
@@ -165,7 +179,7 @@ def lines_of(purpose: str, number: int = 3) -> list[str]:
 
 
 def finish(served: Served, held: FencedJob, folder: Path, content: dict[str, bytes]) -> str:
-    """End a claimed job as a worker does: results, checkpoint folder, success. Returns the checkpoint's id."""
+    """End a claimed job as a worker does: results, checkpoint folder, success. Returns its id."""
     folder.mkdir()
     for name, data in content.items():
         (folder / name).write_bytes(data)

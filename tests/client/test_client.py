@@ -9,9 +9,7 @@ import pytest
 from client import ApiError, Client, UnreachableError, types
 from tests.cutting import cutting
 from tests.services import free_port
-from tests.serving import finish, lines_of, on_sqlite
-
-pytestmark = on_sqlite
+from tests.serving import finish, lines_of
 
 
 @pytest.fixture

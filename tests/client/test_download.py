@@ -8,12 +8,10 @@ import pytest
 from client import Client, DownloadError
 from client.download import _inside
 from tests.cutting import cutting
-from tests.serving import finish, on_sqlite
+from tests.serving import finish
 
 SIZE = 2_500_000
 WEIGHTS = "model.safetensors"
-
-pytestmark = on_sqlite
 
 
 @pytest.fixture(scope="module")
