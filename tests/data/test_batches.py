@@ -13,7 +13,6 @@ from seuf_core.data.batches import (
     collate,
     encode_examples,
     encode_pair,
-    encode_pairs,
     length_bucketed,
 )
 from seuf_core.data.records import Example
@@ -24,7 +23,7 @@ BYTES = tiny.build_tokenizer()  # one token a byte, nothing in front
 
 
 def _words(*, bos: bool = False, prefix_space: bool = False) -> PreTrainedTokenizerFast:
-    """Words as tokens; with prefix_space as sentencepiece has them: "▁" before each word and before the text."""
+    """Words as tokens; with prefix_space as sentencepiece has them: "▁" before each word and the text."""
     mark = "▁" if prefix_space else ""
     pieces = ["<s>", "▁", *(mark + word for word in ("The", "sky", "is", "blue"))]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
