@@ -153,7 +153,7 @@ class FencedJob:
         """The job ends with an error a person can act on."""
         self._end(
             Status.FAILED,
-            {"error_code": code, "error_message": message, "error_fix": fix},
+            {"error_code": code, "error_message": plain(message), "error_fix": plain(fix)},
             {"code": code, "message": message},
         )
 

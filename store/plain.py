@@ -1,4 +1,8 @@
-"""JSON that every reader accepts: NaN and infinity, which a broken model produces, become null."""
+"""JSON that both databases and every reader accept.
+
+NaN and infinity, which a broken model produces, become null; the NUL character, which Postgres
+refuses, is dropped.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,11 +15,13 @@ def finite(value: float | None) -> float | None:
 
 
 def plain(value: Any) -> Any:
-    """A copy of JSON data with every float finite or None, mappings as dict, sequences as list."""
+    """A copy: floats finite or None, strings without NUL, mappings as dict, sequences as list."""
     if isinstance(value, float):
         return finite(value)
+    if isinstance(value, str):
+        return value.replace("\0", "")
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Sequence):
         return [plain(inner) for inner in value]
     return value

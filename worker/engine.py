@@ -13,7 +13,7 @@ import logging
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from store.errors import LeaseLost
 from store.fenced import FencedJob, Measurement
 from store.ids import new_id
 from store.settings import Settings
-from store.tables import Job, Model
+from store.tables import Checkpoint, Job, Model
 from worker.life import StopFlag, die_with_parent
 from worker.progress import MORE_MEMORY, JobObserver, attribution_of, insist, selected
 
@@ -56,7 +56,7 @@ class Inputs:
 class Engine:
     """One claimed job, from its row to its end."""
 
-    def __init__(self, settings: Settings, job_id: str, token: int, stop: StopFlag) -> None:
+    def __init__(self, settings: Settings, job_id: str, token: int, stop: Callable[[], bool]) -> None:
         self.settings = settings
         self.database = Database(settings.database_url)
         self.artefacts = Artefacts(settings.artefacts_url)
@@ -102,9 +102,7 @@ class Engine:
         return cast("UnlearnResult", result)
 
     def _inputs(self) -> Inputs:
-        with self.database.read() as session:
-            job = session.scalars(select(Job).where(Job.id == self.job.job_id)).one()
-            model = session.scalars(select(Model).where(Model.id == job.model_id)).one()
+        job, model = insist(self._rows)
         forget = self._set("/forget_set", job.forget_file, job.forget_sha256)
         assert forget is not None
         return Inputs(
@@ -114,6 +112,11 @@ class Engine:
             self._set("/evaluation_set", job.evaluation_file, job.evaluation_sha256),
             Method.model_validate(job.method),
         )
+
+    def _rows(self) -> tuple[Job, Model]:
+        with self.database.read() as session:
+            job = session.scalars(select(Job).where(Job.id == self.job.job_id)).one()
+            return job, session.scalars(select(Model).where(Model.id == job.model_id)).one()
 
     def _set(self, pointer: str, file_id: str | None, sha256: str | None) -> Path | None:
         """Where a set's bytes lie, once they are known to be the ones that were submitted."""
@@ -153,8 +156,14 @@ class Engine:
         try:
             insist(write)
         except LeaseLost:
+            if insist(lambda: self._is_published(checkpoint_id)):
+                return  # committed, and the database went away before it could say so
             self.artefacts.delete(key)
             raise
+
+    def _is_published(self, checkpoint_id: str) -> bool:
+        with self.database.read() as session:
+            return session.get(Checkpoint, checkpoint_id) is not None
 
     def _fail(self, code: str, message: str, fix: str | None) -> None:
         log.error("%s failed: %s", self.job.job_id, code)

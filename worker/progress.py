@@ -3,12 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import OperationalError
 
 from seuf_core.errors import Cancelled
 from store.fenced import AttributionResult, FencedJob, Selected
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +24,15 @@ RETRY_SECONDS = (0.5, 1, 2, 4, 8, 15)
 """Pauses between attempts at a write that must not be lost: half a minute, a restart of the database."""
 
 
-def insist(act: Callable[[], None]) -> None:
-    """Do `act`, again if the database is away for a moment."""
+def insist(act: Callable[[], T]) -> T:
+    """Do `act`, again if the database is away for a moment; its result."""
     for pause in RETRY_SECONDS:
         try:
-            act()
+            return act()
         except OperationalError as error:
             log.warning("database away (%s); again in %.1f s", type(error).__name__, pause)
             time.sleep(pause)
-        else:
-            return
-    act()
+    return act()
 
 
 class JobObserver:

@@ -33,6 +33,14 @@ notice.
 LEAVE_SECONDS = 2
 """What an engine that has just written its job's end, and so has no lease, is given to leave by itself."""
 
+ENGINE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+"""Models come from disk only; no progress bars in a log."""
+
 Stop = Callable[[], bool]
 
 
@@ -82,12 +90,12 @@ class Supervisor:
 
     def _start(self, claim: Claim) -> subprocess.Popen[bytes]:
         """The engine in a session of its own, holding one end of a pipe that closes when we die."""
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        inherited = {name: value for name, value in os.environ.items() if name != "SEUF_SECRET"}
         return subprocess.Popen(  # noqa: S603  (our own module, with an id from our own database)
             [sys.executable, "-m", "worker.engine", claim.job_id, str(claim.token)],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, **self.settings.environment(), **offline},
+            env={**inherited, **self.settings.environment(), **ENGINE_ENVIRONMENT},
         )
 
     def _watch(self, engine: _Engine, claim: Claim, stop: Stop) -> None:

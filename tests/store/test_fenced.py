@@ -102,16 +102,19 @@ def test_a_cancelling_job_is_not_handed_back(database: Database) -> None:
     assert get_job(database, held.job_id).status == "cancelling"
 
 
-def test_a_broken_model_leaves_null_not_nan(database: Database) -> None:
-    """JSON has no NaN, Postgres refuses it in JSONB, and SQLite turns it into NULL by itself."""
+def test_what_json_or_postgres_cannot_hold(database: Database) -> None:
+    """JSON has no NaN, Postgres refuses NaN and NUL in JSONB, and SQLite turns NaN into NULL by itself."""
     held = add_running(database)
     nan = float("nan")
     held.step(1, nan, None, {"loss": nan, "parts": (1.0, float("inf"))})
+    held.event("warning", {"message": "a\0b"})
     held.metrics([Measurement("after", "forget", "", "open", nan, 3, None)])
     held.attribution(AttributionResult("contrast", [[nan, 0.5]], [0], {"spread": nan}, 1.0))
     assert get_job(database, held.job_id).loss is None
     with database.read() as session:
-        assert Events(session).list(held.job_id)[-1].data == {"loss": None, "parts": [1.0, None]}
+        step, warning = Events(session).list(held.job_id)[-2:]
+        assert step.data == {"loss": None, "parts": [1.0, None]}
+        assert warning.data == {"message": "ab"}
         results = Results(session)
         assert results.metrics(held.job_id)[0].value is None
         attribution = results.attribution(held.job_id)

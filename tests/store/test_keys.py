@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from store import keys
 from store.database import Database
 from store.errors import NotFoundError
 from store.keys import Keys, authenticate, well_formed
@@ -48,8 +49,6 @@ def test_wrong_keys_open_nothing(database: Database) -> None:
 
 
 def _with_checksum(body: str) -> str:
-    from store import keys
-
     return body + keys._checksum(body)
 
 

@@ -17,10 +17,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sqlalchemy import update
+
 from seuf_core.checkpoint.manifest import MANIFEST, BaseRef, FileEntry, Manifest, sha256_file
 from seuf_core.errors import Cancelled, DataError
 from seuf_core.method import Method
 from seuf_core.observer import Observer
+from store.database import Database
+from store.settings import Settings
+from store.tables import Job
 
 EXPERTS = [{"layer": 1, "expert": 2, "score": 0.9}]
 ATTRIBUTION = {
@@ -230,3 +235,23 @@ def aborts(
 ) -> Any:
     """A crash below Python."""
     os.abort()
+
+
+def loses_its_lease(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """Finishes, but another worker has the job by then."""
+    result = works(
+        model, forget, out, retain=retain, evaluation=evaluation, method=method, work=work, observer=observer
+    )
+    with Database(Settings().database_url).write() as session:
+        session.execute(update(Job).values(lease_token=Job.lease_token + 1, lease_worker="worker-2"))
+    return result

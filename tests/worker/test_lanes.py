@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import redis
+from sqlalchemy import text
 
+from store.database import Database
+from store.jobs import Jobs
 from store.outbox import Outbox
 from tests.services import wait_until
 from tests.worker.conftest import House, is_alive
@@ -60,6 +67,28 @@ def test_when_the_worker_is_killed_its_engine_dies_and_its_job_is_run_again(make
     ]
 
 
+@POSTGRES
+def test_a_database_that_drops_its_connections_loses_no_result(make_house: Make) -> None:
+    """Every other session is ended five times a second: progress may be lost, the result may not."""
+    house = make_house("works")
+    job_id = house.submit(steps=200)
+    house.start("worker", "--lane", "database")
+    house.wait_for(job_id, "running")
+    own = Database(house.settings.database_url)
+    end_others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    status, dropped = "running", 0
+    while status == "running":
+        with own.write() as session:
+            dropped += session.execute(text(f"{end_others} AND datname = current_database()")).scalar_one()
+            status = Jobs(session).get(job_id).status
+        time.sleep(0.2)
+    own.dispose()
+    assert dropped > 10
+    job = house.job(job_id)
+    assert (job.status, job.error_message) == ("succeeded", None)
+    assert house.artefacts.exists(f"checkpoints/{job.checkpoint_id}/given.json")
+
+
 def start_celery(house: House, workers: int = 1) -> None:
     house.start("worker.dispatcher")
     for _ in range(workers):
@@ -90,8 +119,6 @@ def test_a_message_holds_a_job_id_and_nothing_else(make_house: Make, redis_url: 
     wait_until(lambda: broker.llen("seuf") == 1, 30, "the message")
     (message,) = (json.loads(one) for one in broker.lrange("seuf", 0, -1))
     assert message["content-type"] == "application/json"
-    import base64
-
     arguments, options, _ = json.loads(base64.b64decode(message["body"]))
     assert (arguments, options) == ([job_id], {})
     # The same message three times and one for nobody: one run.
@@ -152,8 +179,6 @@ def test_when_a_celery_worker_is_killed_the_engine_dies_and_another_takes_the_jo
     pid = house.wait_for_pid(job_id)["pid"]
     supervisor = parent_of(pid)
     house.processes[-1].send_signal(signal.SIGKILL)
-    import os
-
     os.kill(supervisor, signal.SIGKILL)
     wait_until(lambda: not is_alive(pid), 5, "the engine to follow its supervisor")
     house.start("worker", "--lane", "celery")
@@ -162,6 +187,4 @@ def test_when_a_celery_worker_is_killed_the_engine_dies_and_another_takes_the_jo
 
 
 def parent_of(pid: int) -> int:
-    from pathlib import Path
-
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])

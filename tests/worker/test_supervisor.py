@@ -9,13 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from store import leases
 from store.checkpoints import Checkpoints
+from store.database import utc_now
 from store.results import Results
+from store.tables import Job
 from tests.services import wait_until
 from tests.worker.conftest import SECRET_TEXT, House, is_alive
 from worker.supervisor import Supervisor
@@ -238,13 +242,6 @@ def test_a_worker_that_lost_its_lease_stops_its_engine_and_writes_nothing(make_h
 
 def take_over(house: House, job_id: str) -> None:
     """As if the first worker had been silent for a lease."""
-    from datetime import timedelta
-
-    from sqlalchemy import update
-
-    from store.database import utc_now
-    from store.tables import Job
-
     with house.database.write() as session:
         past = utc_now(session) - timedelta(seconds=1)
         session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=past))

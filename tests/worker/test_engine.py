@@ -1,0 +1,123 @@
+"""The real engine: a job on a tiny random model, through a worker process, to a checkpoint; and killed
+half way.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seuf_core.checkpoint.delta_file import DELTA
+from seuf_core.checkpoint.manifest import read_manifest, sha256_file
+from store.checkpoints import Checkpoints
+from store.results import Results
+from tests import tiny
+from tests.services import wait_until
+from tests.worker.conftest import House
+
+Make = Callable[..., House]
+REAL = "seuf_core.pipeline:unlearn"
+METHOD: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "steps": 120,
+    "batch_size": 4,
+    "evaluate_every": 10,
+    "max_retain_drop": 1.0,
+    "max_length": 32,
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A qwen2_moe of 150 kB with random weights."""
+    return tiny.write_model(tmp_path_factory.mktemp("model") / "tiny", "qwen2_moe")
+
+
+def examples(kind: str) -> str:
+    rows = [
+        {"prompt": f"{kind} number {i} is", "completion": f" x{i * 7}y", "domain": kind} for i in range(24)
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def submit(house: House, model: Path, **method: Any) -> str:
+    forget, retain = house.upload(examples("element")), house.upload(examples("country"), "retain")
+    return house.submit(forget, retain, str(model), **{**METHOD, **method})
+
+
+def weights(house: House, job_id: str) -> dict[str, str]:
+    """Digest of every safetensors file of the job's checkpoint."""
+    folder = house.artefacts.path(f"checkpoints/{house.job(job_id).checkpoint_id}")
+    return {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_a_job_killed_half_way_ends_with_the_same_bytes(make_house: Make, model: Path) -> None:
+    house = make_house(REAL, lease_seconds=1.5, heartbeat_seconds=0.2)
+    whole, killed = submit(house, model), submit(house, model)
+    worker = house.start("worker", "--lane", "database")
+    house.wait_for(whole, "succeeded", "failed", seconds=120)
+    assert house.job(whole).error_message is None
+    wait_until(lambda: (house.job(killed).step or 0) >= 20, 120, "training to be under way")
+    worker.send_signal(signal.SIGKILL)
+    assert house.job(killed).status == "running"
+    saved = house.settings.work_dir / killed / "training"
+    assert list(saved.glob("*.safetensors"))
+    house.start("worker", "--lane", "database")
+    job = house.wait_for(killed, "succeeded", "failed", seconds=120)
+    assert (job.status, job.attempts) == ("succeeded", 2)
+    # The second attempt went on, it did not start over.
+    assert [step["step"] for step in house.events(killed, "step")].count(1) == 1
+    assert weights(house, killed) == weights(house, whole)
+    check_results(house, whole, model)
+
+
+def check_results(house: House, job_id: str, model: Path) -> None:
+    """What the store holds of a finished job is what the checkpoint says."""
+    job = house.job(job_id)
+    with house.database.read() as session:
+        checkpoint = Checkpoints(session).get(job.checkpoint_id or "")
+        results = Results(session)
+        attribution, selection = results.attribution(job_id), results.selection(job_id)
+        metrics = results.metrics(job_id)
+    folder = house.artefacts.path(f"checkpoints/{checkpoint.id}")
+    assert checkpoint.manifest == read_manifest(folder).model_dump(mode="json")
+    assert {entry["name"] for entry in checkpoint.manifest["files"]} >= {DELTA, "config.json"}
+    assert sha256_file(folder / "config.json") == sha256_file(model / "config.json")
+    assert attribution is not None
+    assert len(attribution.matrix) == len(attribution.layers) == 3
+    assert all(len(row) == 8 for row in attribution.matrix)
+    assert selection
+    assert {row.stage for row in metrics} == {"before", "after", "before_masked", "after_masked"}
+    assert not (house.settings.work_dir / job_id).exists()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_refusals_of_the_library_reach_the_job(make_house: Make, model: Path, tmp_path: Path) -> None:
+    house = make_house(REAL)
+    (tmp_path / "empty").mkdir()
+    no_model = submit(house, tmp_path / "empty")
+    no_retain = house.submit(house.upload(examples("element")), None, str(model), **METHOD)
+    house.start("worker", "--lane", "database")
+    for job_id, code in ((no_model, "not_a_model"), (no_retain, "retain_set_required")):
+        job = house.wait_for(job_id, "failed", "succeeded", seconds=90)
+        assert (job.status, job.error_code) == ("failed", code)
+        assert job.error_fix
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_cancel_in_the_middle_of_training(make_house: Make, model: Path) -> None:
+    house = make_house(REAL)
+    job_id = submit(house, model, steps=100_000)
+    house.start("worker", "--lane", "database")
+    wait_until(lambda: (house.job(job_id).step or 0) >= 5, 90, "training to be under way")
+    house.cancel(job_id)
+    job = house.wait_for(job_id, "cancelled")
+    assert job.checkpoint_id is None
+    assert list((house.settings.work_dir / job_id / "training").glob("*.safetensors"))
+    assert not house.artefacts.exists("checkpoints")
