@@ -87,9 +87,9 @@ class Method(BaseModel):
         description="How many experts are trained; `auto` = the smallest set that covers the forget answers."
     )
     coverage: float = Field(
-        0.9, gt=0, le=1, description="With experts = auto: share of forget answer tokens the chosen experts must see."
+        0.75, gt=0, le=1, description="With experts = auto: share of forget answer tokens the chosen experts must see."
     )
-    max_experts: int = Field(6, ge=1, le=64, description="With experts = auto: never more than this many.")
+    max_experts: int = Field(12, ge=1, le=64, description="With experts = auto: never more than this many.")
     spread: Spread = Field(
         "one_per_layer",
         description="Where several experts lie: `one_per_layer` = the best of each layer before the second best of "
@@ -119,15 +119,16 @@ class Method(BaseModel):
     )
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = Field(
         "auto",
-        description="AdamW's constant rate; `auto` tries `learning_rate_ladder` from the same start and keeps the best.",
+        description="AdamW's constant rate; `auto` tries `learning_rate_ladder` from the same start, strongest first, until a "
+        "step has forgotten enough.",
     )
     learning_rate_ladder: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
-        None, min_length=1, max_length=8, description="Rates tried by learning_rate = auto; None = by scope."
+        None, min_length=1, max_length=8, description="Rates tried by learning_rate = auto; null = by scope."
     )
-    steps: int = Field(100, ge=1, le=100_000, description="Optimiser steps at most.")
+    steps: int = Field(120, ge=1, le=100_000, description="Optimiser steps at most.")
     batch_size: int = Field(32, ge=1, le=4096, description="Forget examples a step, and as many retain examples.")
     max_length: int = Field(256, ge=8, le=32_768, description="Tokens an example is cut to.")
-    evaluate_every: int = Field(4, ge=1, le=10_000, description="Steps between looks at the selection part.")
+    evaluate_every: int = Field(10, ge=1, le=10_000, description="Steps between looks at the selection part.")
     max_retain_drop: float = Field(
         0.03,
         ge=0,
@@ -166,14 +167,14 @@ class Method(BaseModel):
 
     @property
     def ladder(self) -> tuple[float, ...]:
-        """The learning rates to try, weakest first."""
+        """The learning rates to try, strongest first."""
         if self.learning_rate != "auto":
             return (self.learning_rate,)
         if self.learning_rate_ladder is not None:
-            return tuple(sorted(self.learning_rate_ladder))
+            return tuple(sorted(self.learning_rate_ladder, reverse=True))
         return LADDERS["full" if self.scope == "full" else "experts"]
 
 
 # A whole model diverges at rates one expert needs (docs/explanation/method.md): each gets its own ladder, with
 # equally many rungs so that neither side of a comparison searches harder.
-LADDERS: Final[dict[str, tuple[float, ...]]] = {"experts": (1e-3, 3e-3), "full": (1e-4, 3e-4)}
+LADDERS: Final[dict[str, tuple[float, ...]]] = {"experts": (3e-3, 1e-3), "full": (3e-4, 1e-4)}

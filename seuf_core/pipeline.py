@@ -45,6 +45,8 @@ from seuf_core.unlearning.scopes import ExpertScope, Trainable, WholeModelScope,
 
 # Enough probes a side that the selection figure has a standard error of about .04; more cost time at every look.
 SELECTION_PROBES = 150
+# A forget score (recognised above chance, plus said) of this or less ends the ladder: a weaker rate could win little.
+FORGOTTEN = 0.1
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ def train(
     work: Path,
     observer: Observer,
 ) -> RungResult:
-    """Try every rate of the ladder from the same start; the winner is the best step of all by the rule."""
+    """Try the rates of the ladder from the same start until one has forgotten; the winner is the best step by the rule."""
     probes = encode_probes(tokenizer, inputs.selection_probes, method.max_length)
 
     def evaluate() -> Quality:
@@ -343,6 +345,8 @@ def train(
     for rung, learning_rate in enumerate(method.ladder):
         rungs.append(train_rung(run, rung, learning_rate))
         observer.event("rung", {"rung": rung, "learning_rate": learning_rate, **rungs[-1].best.as_dict()})
+        if rungs[-1].best.quality.forget_score <= FORGOTTEN:
+            break
     winner = min(rungs, key=lambda result: order(result.best))
     if winner.best.step == 0:
         raise MethodError(
