@@ -1,0 +1,70 @@
+"""The engine's ties to its supervisor, each by itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.services import wait_until
+from tests.worker.conftest import ROOT, is_alive
+
+CHILD = """
+import os, sys, time
+from worker.life import die_with_parent
+die_with_parent()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+PARENT = """
+import subprocess, sys, time
+stdin = subprocess.PIPE if sys.argv[1] == "pipe" else subprocess.DEVNULL
+subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdin=stdin, start_new_session=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("tie", ["pipe", "kernel"])
+def test_the_engine_dies_with_its_parent(tie: str) -> None:
+    # Without the pipe only the kernel's signal is left.
+    command = [sys.executable, "-c", PARENT, tie, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        parent.send_signal(signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid), 5, "the child to die")
+
+
+def test_a_closed_pipe_ends_the_whole_group() -> None:
+    """As when the parent died before the child could ask the kernel for its signal."""
+    child = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", child + CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        group = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _group(path) == pid]
+        assert len(group) == 2
+        process.stdin.close()
+        assert process.wait(5) == -signal.SIGKILL
+    wait_until(lambda: not any(is_alive(one) for one in group), 5, "the group to die")
+
+
+def _group(path: Path) -> int | None:
+    try:
+        return os.getpgid(int(path.name))
+    except ProcessLookupError:
+        return None
