@@ -14,6 +14,7 @@ from api.context import Service
 from api.docs import openapi_with_problems
 from api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from api.settings import ApiSettings
+from seuf_core import __version__
 from store.artefacts import Artefacts
 from store.database import Database
 from store.settings import Settings
@@ -39,7 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="seuf",
-        version=health.service_version(),
+        version=__version__,
         description=_ABOUT,
         lifespan=lifespan,
         redirect_slashes=False,

@@ -4,8 +4,35 @@ from __future__ import annotations
 
 from typing import Any, Final, get_args
 
+from pydantic import BaseModel, Field
+
 from api.problems import MEDIA_TYPE
-from api.schemas import JOB_ID, ProblemDetails, Purpose
+from api.schemas import JOB_ID, Purpose
+
+
+class ProblemFieldError(BaseModel):
+    """One offending place of a request."""
+
+    pointer: str | None = Field(None, description="JSON pointer into the body (RFC 6901).")
+    parameter: str | None = Field(None, description="Name of a query, path or header parameter.")
+    line: int | None = Field(None, description="Line of an uploaded file, from 1.")
+    code: str
+    detail: str
+    fix: str | None = None
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457 problem details; every error of this service has this shape."""
+
+    type: str = Field(examples=["urn:seuf:problem:unknown_model"])
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable name, safe to match on.")
+    fix: str | None = Field(None, description="What to do about it.")
+    request_id: str | None = Field(None, description="X-Request-Id of the failed request.")
+    errors: list[ProblemFieldError] | None = None
+
 
 _REQUEST_ID: Final = "req_0f4c1a9be3d24f5b8f6f1f0b7a5e2c11"
 
@@ -64,12 +91,13 @@ _EXAMPLES: Final[dict[int, tuple[str, str, str, str, list[dict[str, Any]]]]] = {
         "A field is wrong; `errors` points at it.",
         "invalid_request",
         "/method/steps: Input should be greater than or equal to 1; it is 0.",
-        "",
+        "Use 1 or more.",
         [
             {
                 "pointer": "/method/steps",
                 "code": "greater_than_equal",
                 "detail": "Input should be greater than or equal to 1; it is 0.",
+                "fix": "Use 1 or more.",
             }
         ],
     ),

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from fastapi import APIRouter, Response
+from pydantic import BaseModel, Field
 
-from api import schemas
 from api.context import Service, TheCaller, TheService
 from api.docs import problems
 from api.jobs import INLINE_BYTES
-from seuf_core import method
+from seuf_core import __version__, method
 from seuf_core.data.records import Limits
 from seuf_core.families import FAMILIES
 from store import migrate
 
+log = logging.getLogger("seuf.api")
 public = APIRouter(tags=["service"])
 router = APIRouter(tags=["service"])
 
 
-def service_version() -> str:
-    """The version of the installed package; "0+source" when it runs from a checkout that is not installed."""
-    try:
-        return version("seuf")
-    except PackageNotFoundError:
-        return "0+source"
+class PartHealth(BaseModel):
+    """One part of the service."""
+
+    ok: bool
+    detail: str = Field(examples=["at revision 0001"])
+
+
+class Readiness(BaseModel):
+    """Whether each part of the service works."""
+
+    status: Literal["ready", "unready"]
+    parts: dict[str, PartHealth]
 
 
 @public.get("/healthz")
 def healthz() -> dict[str, str]:
     """The process answers."""
-    return {"status": "ok", "version": service_version()}
+    return {"status": "ok", "version": __version__}
 
 
-@public.get("/readyz", responses={503: {"model": schemas.Readiness, "description": "A part does not work."}})
-def readyz(service: TheService, response: Response) -> schemas.Readiness:
+@public.get("/readyz", responses={503: {"model": Readiness, "description": "A part does not work."}})
+def readyz(service: TheService, response: Response) -> Readiness:
     """Whether each part works: database at its newest migration, storage writable, broker if one is set."""
     checks: dict[str, Callable[[Service], str]] = {"database": _database, "storage": _storage}
     if service.settings.broker_url:
@@ -45,17 +52,18 @@ def readyz(service: TheService, response: Response) -> schemas.Readiness:
     ready = all(part.ok for part in parts.values())
     if not ready:
         response.status_code = 503
-    return schemas.Readiness(status="ready" if ready else "unready", parts=parts)
+    return Readiness(status="ready" if ready else "unready", parts=parts)
 
 
-def _try(check: Callable[[Service], str], service: Service) -> schemas.PartHealth:
+def _try(check: Callable[[Service], str], service: Service) -> PartHealth:
     try:
-        return schemas.PartHealth(ok=True, detail=check(service))
+        return PartHealth(ok=True, detail=check(service))
     except _Unready as reason:
-        return schemas.PartHealth(ok=False, detail=str(reason))
+        return PartHealth(ok=False, detail=str(reason))
     except Exception as error:  # whatever a part throws, readiness is the answer, never a crash
+        log.warning("%s is not ready", check.__name__.strip("_"), exc_info=error)
         # The class only: the text of a driver's error can hold an address with a password.
-        return schemas.PartHealth(ok=False, detail=f"{type(error).__name__}; the service's log has more")
+        return PartHealth(ok=False, detail=f"{type(error).__name__}; the service's log has more")
 
 
 class _Unready(Exception):  # noqa: N818  (a finding, not a fault)
@@ -91,7 +99,7 @@ def capabilities(service: TheService, _caller: TheCaller) -> dict[str, Any]:
     """What this service can do: architectures, the choices of a method with their presets, and its limits."""
     limits = Limits(max_bytes=service.settings.max_upload_bytes)
     return {
-        "version": service_version(),
+        "version": __version__,
         "architectures": sorted(FAMILIES),
         "presets": method.PRESETS,
         "objectives": list(get_args(method.Objective)),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
+from sqlalchemy.exc import IntegrityError
 
 from api import schemas, views
 from api.context import TheCaller, TheService
@@ -38,8 +39,9 @@ def register_model(
             row = Models(session, caller.tenant).create(
                 body.name, str(path), facts.digest, views.model_facts(facts)
             )
-        except NameTakenError as error:
-            raise at("/name", 409, error.code, error.message, error.fix) from error
+        except (NameTakenError, IntegrityError) as error:  # the second: two requests at the same moment
+            detail = f"A model named {body.name!r} is registered already."
+            raise at("/name", 409, "name_taken", detail, "Choose another name.") from error
         Audit(session, caller.tenant).record(caller.key_id, "model.create", row.id)
     response.headers["Location"] = f"/models/{row.id}"
     return views.model(row)

@@ -169,9 +169,7 @@ async def _validation_problem(request: Request, error: Exception) -> JSONRespons
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     place = first.parameter if first.parameter is not None else (first.pointer or "the body")
     if first.code == "json_invalid":
-        problem = Problem(
-            400, "json_invalid", first.detail, "Send one JSON document in UTF-8.", errors=errors
-        )
+        problem = Problem(400, "json_invalid", first.detail, first.fix, errors=errors)
     else:
         problem = Problem(422, "invalid_request", f"{place}: {first.detail}{more}", first.fix, errors=errors)
     return respond(problem, request_id_of(request))

@@ -321,8 +321,9 @@ class Attribution(Answer):
     object: Literal["attribution"] = "attribution"
     job: str
     score: str = Field(description="Name of the score.", examples=["contrast"])
-    matrix: list[list[float]] = Field(
-        description="[len(layers), num_experts]", examples=[[[0.02, 0.31], [0.11, 0.09]]]
+    matrix: list[list[float | None]] = Field(
+        description="[len(layers), num_experts]; null where the model gave no number.",
+        examples=[[[0.02, 0.31], [0.11, 0.09]]],
     )
     layers: list[int] = Field(description="Layer index of each row of the matrix.", examples=[[0, 1]])
     stability: dict[str, Any] = Field(
@@ -341,7 +342,7 @@ class Metric(Answer):
     set: Literal["forget", "retain"]
     domain: str
     name: str = Field(examples=["choice"])
-    value: float
+    value: float | None = Field(description="Null when the model gave no number (NaN).")
     n: int = Field(description="How many probes it is the mean of.")
     chance: float | None = Field(None, description="What guessing gives.")
 
@@ -373,41 +374,3 @@ class Checkpoint(BaseModel):
     files: list[CheckpointFile] = Field(description="Every file to download, manifest.json included.")
     manifest: dict[str, Any] = Field(description="manifest.json: base model, changed tensors, digests.")
     links: dict[str, str]
-
-
-class PartHealth(BaseModel):
-    """One part of the service."""
-
-    ok: bool
-    detail: str = Field(examples=["at revision 0001"])
-
-
-class Readiness(BaseModel):
-    """Whether each part of the service works."""
-
-    status: Literal["ready", "unready"]
-    parts: dict[str, PartHealth]
-
-
-class ProblemFieldError(BaseModel):
-    """One offending place of a request."""
-
-    pointer: str | None = Field(None, description="JSON pointer into the body (RFC 6901).")
-    parameter: str | None = Field(None, description="Name of a query, path or header parameter.")
-    line: int | None = Field(None, description="Line of an uploaded file, from 1.")
-    code: str
-    detail: str
-    fix: str | None = None
-
-
-class ProblemDetails(BaseModel):
-    """RFC 9457 problem details; every error of this service has this shape."""
-
-    type: str = Field(examples=["urn:seuf:problem:unknown_model"])
-    title: str
-    status: int
-    detail: str
-    code: str = Field(description="Stable name, safe to match on.")
-    fix: str | None = Field(None, description="What to do about it.")
-    request_id: str | None = Field(None, description="X-Request-Id of the failed request.")
-    errors: list[ProblemFieldError] | None = None

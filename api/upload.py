@@ -14,6 +14,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from api.problems import FieldError, Problem, at
 from api.schemas import Purpose
@@ -150,6 +151,8 @@ async def receive(request: Request, intake: Intake, max_bytes: int) -> FileSumma
         parser.finalize()
     except FormParserError as error:
         raise Problem(400, "broken_multipart", "The multipart body is broken.", _SAY) from error
+    except ClientDisconnect as error:  # nobody reads the answer; it only keeps a crash out of the log
+        raise Problem(400, "upload_cut_off", "The connection ended before the upload did.", _SAY) from error
     return await run_in_threadpool(intake.finish)
 
 

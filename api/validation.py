@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+# By pydantic's error type; braces take values of the error's context.
 _FIX: Final[dict[str, str]] = {
     "missing": "Add it.",
     "extra_forbidden": "Remove it; the fields of this request are listed in /openapi.json.",
@@ -13,7 +14,19 @@ _FIX: Final[dict[str, str]] = {
     "model_attributes_type": "Send a JSON object.",
     "model_type": "Send a JSON object.",
     "dict_type": "Send a JSON object.",
+    "json_invalid": "Send one JSON document in UTF-8.",
+    "greater_than_equal": "Use {ge} or more.",
+    "greater_than": "Use more than {gt}.",
+    "less_than_equal": "Use {le} or less.",
+    "less_than": "Use less than {lt}.",
+    "literal_error": "Use one of {expected}.",
+    "string_pattern_mismatch": "Write it as {pattern} says.",
+    "string_too_short": "Use {min_length} characters or more.",
+    "string_too_long": "Use {max_length} characters or fewer.",
+    "too_short": "Give {min_length} or more.",
+    "too_long": "Give {max_length} or fewer.",
 }
+_ANY_FIX: Final = "Correct it; /openapi.json says what it takes."
 
 
 def field_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> list[dict[str, Any]]:
@@ -43,10 +56,8 @@ def _one(error: Mapping[str, Any], body: Any) -> dict[str, Any]:
         field["pointer"] = "" if kind == "json_invalid" else _pointer(location[1:], body, kind)
     else:
         field["parameter"] = str(location[-1]) if location else ""
-    fix = _FIX.get(kind)
-    if fix:
-        field["fix"] = fix
-    elif kind == "value_error":
+    field["fix"] = _FIX.get(kind, _ANY_FIX).format_map(error.get("ctx") or {})
+    if kind == "value_error":
         field["code"] = "invalid_value"
     return field
 

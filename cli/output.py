@@ -64,11 +64,15 @@ def print_metrics(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for (which, domain, name), by_stage in sorted(figures.items()):
         some = next(iter(by_stage.values()))
-        values = [f"{by_stage[stage]['value']:.3f}" if stage in by_stage else "" for stage in stages]
-        chance = "" if some["chance"] is None else f"{some['chance']:.3f}"
+        values = [_figure(by_stage[stage]["value"]) if stage in by_stage else "" for stage in stages]
+        chance = "" if some["chance"] is None else _figure(some["chance"])
         lines.append([which, domain or "all", name, *values, chance, some["n"]])
     heads = [stage.replace("_masked", " (masked)") for stage in stages]
     print_table(["set", "domain", "figure", *heads, "chance", "n"], lines)
+
+
+def _figure(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.3f}"
 
 
 def size(number: float) -> str:

@@ -119,10 +119,10 @@ class Attribution(TypedDict):
     object: Literal["attribution"]
     job: str
     score: str
-    matrix: list[list[float]]
+    matrix: list[list[float | None]]
     layers: list[int]
     stability: dict[str, Any]
-    coverage: float
+    coverage: float | None
     selection: list[SelectedExpert]
 
 
@@ -133,7 +133,7 @@ class Metric(TypedDict):
     set: Literal["forget", "retain"]
     domain: str
     name: str
-    value: float
+    value: float | None
     n: int
     chance: float | None
 

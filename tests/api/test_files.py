@@ -1,6 +1,9 @@
 """Uploads: what is accepted, what is refused and how, and that nothing of a refused file stays."""
 
 import hashlib
+import socket
+import time
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -181,3 +184,24 @@ def test_a_file_that_a_job_waits_for_stays(tenant, tiny_model):
     tenant.http.post(f"/jobs/{job['id']}/cancel")
     assert tenant.http.delete(f"/files/{job['forget_set']}").status_code == 204
     assert tenant.http.get(f"/jobs/{job['id']}").json()["forget_set"] == job["forget_set"]
+
+
+@on_sqlite
+def test_an_upload_that_is_cut_off_leaves_nothing_and_no_crash_in_the_log(tenant, caplog):
+    before = stored(tenant)
+    address = urlsplit(tenant.served.url)
+    head = (
+        "POST /files HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        f"Authorization: Bearer {tenant.key}\r\nContent-Type: multipart/form-data; boundary=x\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nforget\r\n'
+        '--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    )
+    uploads = tenant.served.settings.data_dir / "uploads"
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall((head + GOOD).encode())
+        time.sleep(0.3)
+    time.sleep(0.3)
+    assert tenant.http.get("/files").json()["data"] == []
+    assert stored(tenant) == before
+    assert list(uploads.iterdir()) == []
+    assert "crashed" not in caplog.text

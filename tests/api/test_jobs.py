@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import select
 
 from seuf_core.method import Method
+from store.fenced import AttributionResult, Measurement
 from store.tables import AuditRow, Event, File, Job, OutboxMessage
 from tests.serving import finish, lines_of, on_sqlite
 
@@ -66,6 +67,8 @@ def job_body(tenant, **changes):
     return {name: value for name, value in body.items() if value is not None}
 
 
+LINES = ("missing_field", "not_a_number", None)  # their messages say what to write
+
 BAD_JOBS = {
     "unknown model": ({"model": "nobody"}, "unknown_model", "/model"),
     "unknown file": ({"forget_set": {"file": "file_aaaa"}}, "unknown_file", "/forget_set/file"),
@@ -124,6 +127,8 @@ def test_a_bad_job_points_at_its_field_and_leaves_nothing(tenant, tiny_model, ca
     if code is not None:
         assert problem["errors"][0]["code"] == code
     assert problem["detail"]
+    assert problem["fix"]
+    assert all(error.get("fix") for error in problem["errors"]) or code in LINES
     assert tenant.http.get("/jobs").json()["data"] == []
 
 
@@ -263,3 +268,17 @@ def test_results(tenant, tiny_model, tmp_path):
     shown = tenant.http.get(f"/jobs/{job}").json()
     assert (shown["status"], shown["checkpoint"]) == ("succeeded", checkpoint)
     assert shown["links"]["checkpoint"] == f"/checkpoints/{checkpoint}"
+
+
+def test_a_model_that_broke_is_shown_with_nulls(tenant, tiny_model):
+    nan = float("nan")
+    job = tenant.submit(tiny_model)["id"]
+    held = tenant.run(job)
+    held.attribution(AttributionResult("contrast", [[nan, 0.5]], [0], {"overlap": nan}, 0.5))
+    held.metrics([Measurement("after", "forget", "", "perplexity", nan, 3, None)])
+    held.step(1, nan, None, {"step": 1, "loss": nan})
+    assert tenant.http.get(f"/jobs/{job}/attribution").json()["matrix"] == [[None, 0.5]]
+    assert tenant.http.get(f"/jobs/{job}/metrics").json()["data"][0]["value"] is None
+    assert tenant.http.get(f"/jobs/{job}").json()["progress"]["loss"] is None
+    assert tenant.http.get("/jobs").json()["data"][0]["progress"]["loss"] is None
+    assert tenant.http.get(f"/jobs/{job}/events").json()["data"][-1]["data"] == {"step": 1, "loss": None}

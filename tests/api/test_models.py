@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,10 @@ def test_only_folders_under_an_allowed_root(tmp_path, tiny_model, sqlite_templat
         assert code(allowed / "link") == (422, "path_not_allowed")
         assert code(allowed / ".." / "nowhere") == (422, "path_not_allowed")
         assert code(allowed / "inside") == (201, None)
+
+
+def test_a_name_is_taken_once_even_at_the_same_moment(tenant, tiny_model):
+    with ThreadPoolExecutor(4) as pool:
+        body = {"name": "race", "path": str(tiny_model)}
+        answers = list(pool.map(lambda _: tenant.http.post("/models", json=body).status_code, range(4)))
+    assert sorted(answers) == [201, 409, 409, 409]

@@ -5,6 +5,7 @@ import pytest
 
 from api import schemas
 from api.app import create_app
+from api.docs import ProblemDetails
 from seuf_core.method import Method
 
 
@@ -33,7 +34,7 @@ def test_every_operation_is_described_and_shows_its_errors(document):
                 body = content["application/problem+json"]
                 assert body["schema"] == {"$ref": "#/components/schemas/ProblemDetails"}
                 assert body["example"]["status"] == int(status)
-                schemas.ProblemDetails.model_validate(body["example"])
+                ProblemDetails.model_validate(body["example"])
 
 
 def test_every_body_has_an_example(document):
