@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seuf_core.checkpoint.delta import apply_delta
+from seuf_core.checkpoint.delta_file import DeltaFacts, write_delta
 from seuf_core.checkpoint.writer import write_checkpoint
 from seuf_core.errors import WriteError
 from tests import tiny
@@ -37,6 +39,16 @@ def delta(models, tmp_path) -> Path:
     changed = edited("olmoe", layer=1, expert=2)[1]
     write_checkpoint(models("olmoe"), tmp_path / "a", changed, "test")
     return tmp_path / "a" / "delta.safetensors"
+
+
+def test_data_of_the_delta_start_on_a_multiple_of_eight(delta):
+    """As the format asks, so that it can be mapped; whatever the length of the header."""
+    assert int.from_bytes(delta.read_bytes()[:8], "little") % 8 == 0
+    facts = DeltaFacts("", "", {}, {})
+    for length in range(8):
+        write_delta(delta, [], [], replace(facts, created_by="x" * length))
+        assert int.from_bytes(delta.read_bytes()[:8], "little") % 8 == 0
+        assert load_file(delta) == {}
 
 
 def _refused(base: Path, delta: Path, out: Path) -> str:
