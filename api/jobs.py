@@ -244,4 +244,5 @@ def get_metrics(job_id: str, service: TheService, caller: TheCaller) -> schemas.
     with service.database.read() as session:
         Jobs(session, caller.tenant).get(job_id)
         rows = Results(session, caller.tenant).metrics(job_id)
-        return schemas.Metrics(job=job_id, data=[views.metric(row) for row in rows])
+    in_time = sorted(rows, key=lambda row: not row.stage.startswith("before"))
+    return schemas.Metrics(job=job_id, data=[views.metric(row) for row in in_time])

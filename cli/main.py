@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -18,6 +19,23 @@ app = typer.Typer(
     help="Make a Mixture-of-Experts language model forget: as a service (seuf up) or directly (seuf run).",
     epilog="Start with:  seuf up  and, in another terminal,  seuf submit --help",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from seuf_core import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001  (its callback does the work)
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def _example(text: str) -> str:

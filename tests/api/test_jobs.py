@@ -275,10 +275,12 @@ def test_a_model_that_broke_is_shown_with_nulls(tenant, tiny_model):
     job = tenant.submit(tiny_model)["id"]
     held = tenant.run(job)
     held.attribution(AttributionResult("contrast", [[nan, 0.5]], [0], {"overlap": nan}, 0.5))
-    held.metrics([Measurement("after", "forget", "", "perplexity", nan, 3, None)])
+    before = Measurement("before", "forget", "", "perplexity", 2.0, 3, None)
+    held.metrics([Measurement("after", "forget", "", "perplexity", nan, 3, None), before])
     held.step(1, nan, None, {"step": 1, "loss": nan})
     assert tenant.http.get(f"/jobs/{job}/attribution").json()["matrix"] == [[None, 0.5]]
-    assert tenant.http.get(f"/jobs/{job}/metrics").json()["data"][0]["value"] is None
+    figures = tenant.http.get(f"/jobs/{job}/metrics").json()["data"]
+    assert [(figure["stage"], figure["value"]) for figure in figures] == [("before", 2.0), ("after", None)]
     assert tenant.http.get(f"/jobs/{job}").json()["progress"]["loss"] is None
     assert tenant.http.get("/jobs").json()["data"][0]["progress"]["loss"] is None
     assert tenant.http.get(f"/jobs/{job}/events").json()["data"][-1]["data"] == {"step": 1, "loss": None}

@@ -53,6 +53,12 @@ def test_wrong_usage_is_exit_code_2(shell, arguments):
     assert shell.run(*arguments).returncode == 2
 
 
+def test_the_version(shell):
+    from seuf_core import __version__
+
+    assert shell.run("--version").stdout.strip() == __version__
+
+
 def test_without_a_service_the_fix_is_named(shell):
     done = shell.run("list")
     assert (done.returncode, done.stdout) == (1, "")
