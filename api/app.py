@@ -44,6 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
         description=_ABOUT,
         lifespan=lifespan,
         redirect_slashes=False,
+        swagger_ui_oauth2_redirect_url=None,
     )
     app.state.service = service
     problems.install(app)

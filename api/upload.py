@@ -6,7 +6,6 @@ of every line happen while the bytes come in, so that memory stays flat and a bo
 
 from __future__ import annotations
 
-from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO, Final, get_args
 
 from fastapi import Request
@@ -92,7 +91,7 @@ class Intake:
         self._seen.add(self._part)
         if self._part == "file":
             given = options.get(b"filename", b"").decode("utf-8", "replace")
-            self.filename = PurePath(given.replace("\\", "/")).name[:255] or "upload.jsonl"
+            self.filename = _shown_name(given)
             if self.purpose is not None:
                 self._reader = RecordReader(self.purpose, self._limits)
 
@@ -116,6 +115,12 @@ class Intake:
             if given not in get_args(Purpose):
                 raise _bad_purpose(repr(given))
             self.purpose = given  # type: ignore[assignment]  # one of Purpose's values, just checked
+
+
+def _shown_name(given: str) -> str:
+    """The last part of what the client calls its file, for people to recognise; it never becomes a path."""
+    name = given.replace("\\", "/").rpartition("/")[2]
+    return "".join(character for character in name if character.isprintable())[:255] or "upload.jsonl"
 
 
 def too_large(max_bytes: int) -> Problem:

@@ -38,6 +38,25 @@ def test_a_good_file_is_described_and_kept_as_it_came(tenant, purpose):
         assert kept.read() == content
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("a\0b\x1b[31m.jsonl", "ab[31m.jsonl"), ("..", ".."), ("x/", "upload.jsonl"), ("é" * 300, "é" * 255)],
+)
+def test_a_file_name_is_only_ever_shown(tenant, given, shown):
+    answer = tenant.http.post(
+        "/files",
+        content=b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nforget\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="'
+        + given.encode()
+        + b'"\r\n\r\n'
+        + GOOD.encode()
+        + b"\r\n--x--\r\n",
+        headers={"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["filename"] == shown
+
+
 def test_purpose_may_come_after_the_file(tenant):
     parts = [("file", ("f.jsonl", GOOD.encode())), ("purpose", (None, b"retain"))]
     answer = tenant.http.post("/files", files=parts)
