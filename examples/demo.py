@@ -2,10 +2,10 @@
 
     make demo            # or: python examples/demo.py [--twin] [--folder build]
 
-Builds the reference model (once; then cached), starts the service on this machine, uploads the chemistry facts as
-a forget set, POSTs the job with default settings, watches it, downloads the checkpoint, loads it with plain
-transformers and asks it questions. Two controls run through the same API: random experts in the place of the
-selected ones, and ordinary whole-model gradient difference. Writes build/demo.json and build/demo.md.
+Builds the reference model (once; then cached), starts the service on this machine, uploads the chemistry
+facts as a forget set, POSTs the job with default settings, watches it, downloads the checkpoint, loads it with
+plain transformers and asks it questions. Two controls run through the same API: random experts in the place of
+the selected ones, and ordinary whole-model gradient difference. Writes build/demo.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -45,7 +44,9 @@ QUESTIONS = 4  # shown a domain
 
 def main() -> None:
     """Run the demo; exit code 0 when every job succeeded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--twin", action="store_true", help="also train the twin that never saw chemistry")
     parser.add_argument("--folder", type=Path, default=Path("build"), help="where everything is written")
     options = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
         figures.add_twin(twin, jobs["unlearned"]["method"])
     figures.add("seconds_job", seconds_of(jobs["unlearned"]), "s")
     figures.add("seconds_total", time.monotonic() - began, "s")
-    figures.show(jobs)
+    figures.show()
     figures.write(options.folder / "demo.json")
     console.print(f"\nThe checkpoint is an ordinary Hugging Face folder: [bold]{folder}[/]")
     console.print(f"Figures: [bold]{options.folder / 'demo.json'}[/]")
@@ -92,7 +93,12 @@ def build_reference(*, twin: bool) -> Any:
 
 def progress_bar() -> Progress:
     """One line: what, bar, note, time."""
-    columns = (TextColumn("{task.description:22}"), BarColumn(40), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description:22}"),
+        BarColumn(40),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     bar = Progress(*columns, console=console)
     add = bar.add_task
     bar.add_task = lambda *args, **kw: add(*args, **{"note": "", **kw})  # type: ignore[method-assign]
@@ -101,51 +107,43 @@ def progress_bar() -> Progress:
 
 @contextmanager
 def service(work: Path) -> Iterator[Client]:
-    """`seuf up` with a data folder of its own, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "SEUF_DATA_DIR": str(work / "service"),
-        "SEUF_PORT": str(port),
-        "XDG_CONFIG_HOME": str(work / "config"),
-    }
-    log = (work / "service.log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cli", "up"], env=environment, stdout=log, stderr=subprocess.STDOUT
-    )
-    try:
-        config = work / "config" / "seuf" / "config.json"
-        yield wait_until_ready(process, config, work / "service.log")
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], config: Path, log: Path) -> Client:
-    """The service's client once it answers that every part of it is ready."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if config.exists():
-            saved = json.loads(config.read_text())
-            client = Client(saved["url"], saved["api_key"])
-            try:
-                client.ready()
-            except Exception:  # not yet: any reason is retried until the deadline
-                time.sleep(0.2)
-                continue
-            console.print(f"Service up at {saved['url']}")
-            return client
-        time.sleep(0.2)
-    raise SystemExit(f"The service did not start; its log is {log}:\n{log.read_text()[-2000:]}")
+    """`seuf up` with a data folder and a configuration of its own, until the block ends."""
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "up",
+        "--json",
+        "--port",
+        "0",
+        "--data-dir",
+        str(work / "service"),
+    ]
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(work / "config")}
+    with (work / "service.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            announced = process.stdout.readline()  # printed once the service answers
+            if not announced:
+                raise SystemExit(f"The service did not start:\n{(work / 'service.log').read_text()[-2000:]}")
+            up = json.loads(announced)
+            console.print(f"Service up at {up['url']}, key {up['key'][:9]}…")
+            with Client(up["url"], up["key"]) as client:
+                yield client
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def upload(client: Client, reference: Any) -> dict[str, str]:
     """Upload the three sets and register the model; their ids."""
     ids = {"model": client.register_model("reference", reference.model)["id"]}
-    for purpose, path in (("forget", reference.forget), ("retain", reference.retain), ("evaluation", reference.probes)):
+    for purpose, path in (
+        ("forget", reference.forget),
+        ("retain", reference.retain),
+        ("evaluation", reference.probes),
+    ):
         file = client.upload(path, purpose)  # type: ignore[arg-type]
         ids[purpose] = file["id"]
         console.print(f"Uploaded {purpose:10} {file['examples']:5} examples  sha256 {file['sha256'][:12]}…")
@@ -191,7 +189,9 @@ def ask_both(base: Path, unlearned: Path, probes: Path, method: dict[str, Any]) 
     test = split_records(read_probes(probes), method["seed"], shares).test
     tokenizer = AutoTokenizer.from_pretrained(unlearned)
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (base, unlearned)]
-    table = Table("question (test facts, greedy answer)", "true", "base", "unlearned", title="Asking both models")
+    table = Table(
+        "question (test facts, greedy answer)", "true", "base", "unlearned", title="Asking both models"
+    )
     for domain in DOMAINS:
         asked = [probe for probe in test if probe.domain == domain][:: max(1, len(test) // 40)][:QUESTIONS]
         for probe in asked:
@@ -200,8 +200,14 @@ def ask_both(base: Path, unlearned: Path, probes: Path, method: dict[str, Any]) 
             for model in models:
                 with torch.no_grad():
                     said = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-                answers.append(tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-            table.add_row(probe.prompt, probe.choices[probe.answer].strip(), *(a.strip().split("\n")[0] for a in answers))
+                answers.append(
+                    tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                )
+            table.add_row(
+                probe.prompt,
+                probe.choices[probe.answer].strip(),
+                *(a.strip().split("\n")[0] for a in answers),
+            )
     console.print(table)
 
 
@@ -220,7 +226,11 @@ class Figures:
         for row in client.metrics(job["id"])["data"]:
             stages = {"after": column}
             if column == "unlearned":
-                stages |= {"before": "base", "after_masked": "unlearned_masked", "before_masked": "base_masked"}
+                stages |= {
+                    "before": "base",
+                    "after_masked": "unlearned_masked",
+                    "before_masked": "base_masked",
+                }
             if row["name"] in ("choice", "open", "ranked_last") and row["stage"] in stages:
                 self.add(f"{row['name']}/{row['domain']}/{stages[row['stage']]}", row["value"], "share")
         checkpoint = client.checkpoint(str(job["checkpoint"]))
@@ -245,17 +255,22 @@ class Figures:
             if row["name"] in ("choice", "open", "ranked_last"):
                 self.add(f"{row['name']}/{row['domain']}/twin", row["value"], "share")
 
-    def show(self, jobs: dict[str, Job]) -> None:
+    def show(self) -> None:
         """The table: a row a domain and measure, a column a model."""
         columns = ["base", "unlearned", "unlearned_masked", "random_expert", "full_model"]
         columns += ["twin"] if "choice/chemistry/twin" in self.rows else []
-        table = Table("test facts, held-out phrasings", *columns, title="What was forgotten, what was kept (chance .25)")
+        table = Table(
+            "test facts, held-out phrasings", *columns, title="What was forgotten, what was kept (chance .25)"
+        )
         for measure in ("choice", "open"):
             for domain in DOMAINS:
                 values = (self.rows.get(f"{measure}/{domain}/{column}") for column in columns)
                 table.add_row(f"{measure} {domain}", *(f"{v[0]:.3f}" if v else "" for v in values))
         changed = {"unlearned": ""} | {c: f"/{c}" for c in METHODS if c != "unlearned"}
-        for label, name, form in (("parameters changed", "parameters_changed_share", "{:.1%}"), ("seconds", "seconds_job", "{:.0f}")):
+        for label, name, form in (
+            ("parameters changed", "parameters_changed_share", "{:.1%}"),
+            ("seconds", "seconds_job", "{:.0f}"),
+        ):
             cells = [form.format(self.rows[name + changed[c]][0]) if c in changed else "" for c in columns]
             table.add_row(label, *cells)
         console.print(table)

@@ -19,22 +19,15 @@ RetainLoss = Literal["none", "cross_entropy", "hidden_mse"]
 
 HIDDEN_STATE_OBJECTIVES: Final[frozenset[str]] = frozenset({"rmu", "adaptive_rmu"})
 
-# What differs between the presets; all other fields have their defaults below. `default` is the best found on
-# models the project trained itself (METHOD in docs/explanation/method.md); `paper` is arXiv 2411.18797.
+# What a preset sets. The fields' own defaults are the preset `default`: the best found on models the project
+# trained itself (docs/explanation/method.md). `paper` is arXiv 2411.18797.
 PRESETS: Final[dict[str, dict[str, Any]]] = {
-    "default": {
-        "attribution": "contrast",
-        "experts": "auto",
-        "router": "freeze",
-        "objective": "npo",
-        "retain_loss": "cross_entropy",
-    },
+    "default": {},
     "paper": {
         "attribution": "affinity",
         "experts": 1,
         "router": "train",
         "objective": "gradient_difference",
-        "retain_loss": "cross_entropy",
     },
 }
 _RETAIN_LOSS_OF: Final[dict[str, RetainLoss]] = {
@@ -74,20 +67,27 @@ class Method(BaseModel):
         json_schema_extra={"examples": [{"preset": "default"}, {"preset": "paper", "steps": 60}]},
     )
 
-    preset: Literal["default", "paper"] = Field("default", description="Where fields that are not given come from.")
+    preset: Literal["default", "paper"] = Field(
+        "default", description="Where fields that are not given come from."
+    )
     scope: Scope = Field(
         "seuf",
         description="What is trained: the selected experts, as many random experts of the same layers, or everything.",
     )
     attribution: Attribution = Field(
+        "contrast",
         description="How experts are scored: `contrast` = affinity on forget minus affinity on retain, "
         "`affinity` = Eq. 2 of the paper, `random` = seeded."
     )
     experts: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+        "auto",
         description="How many experts are trained; `auto` = the smallest set that covers the forget answers."
     )
     coverage: float = Field(
-        0.75, gt=0, le=1, description="With experts = auto: share of forget answer tokens the chosen experts must see."
+        0.75,
+        gt=0,
+        le=1,
+        description="With experts = auto: share of forget answer tokens the chosen experts must see.",
     )
     max_experts: int = Field(12, ge=1, le=64, description="With experts = auto: never more than this many.")
     spread: Spread = Field(
@@ -96,12 +96,13 @@ class Method(BaseModel):
         "any, `across_layers` = the top of the whole model, `same_layer` = the top of the best layer.",
     )
     router: RouterMode = Field(
+        "freeze",
         description="`freeze`: routing of the target layers cannot change. `train`: their routers learn too, with the "
         "anchor. Scope `full` trains every router, without an anchor."
     )
-    objective: Objective = Field(description="The forget term.")
+    objective: Objective = Field("npo", description="The forget term.")
     retain_loss: RetainLoss = Field(
-        description="The retain term; when it is not given it follows the objective."
+        "cross_entropy", description="The retain term; when it is not given it follows the objective."
     )
     retain_weight: float = Field(1.0, ge=0, le=1e4, description="Weight of the retain term (lambda).")
     anchor_weight: float = Field(
@@ -109,10 +110,16 @@ class Method(BaseModel):
     )
     npo_beta: float = Field(0.1, gt=0, le=100, description="Inverse temperature of NPO (b).")
     rmu_coefficient: float = Field(
-        20.0, gt=0, le=1e6, description="Length of RMU's random target vector (c), in units of the hidden state."
+        20.0,
+        gt=0,
+        le=1e6,
+        description="Length of RMU's random target vector (c), in units of the hidden state.",
     )
     adaptive_rmu_scale: float = Field(
-        5.0, gt=0, le=1e4, description="Adaptive RMU: c = this times the mean norm of the forget hidden states."
+        5.0,
+        gt=0,
+        le=1e4,
+        description="Adaptive RMU: c = this times the mean norm of the forget hidden states.",
     )
     hidden_retain_weight: float = Field(
         1.0, ge=0, le=1e6, description="Weight of the hidden-state retain term of RMU (a)."
@@ -126,7 +133,9 @@ class Method(BaseModel):
         None, min_length=1, max_length=8, description="Rates tried by learning_rate = auto; null = by scope."
     )
     steps: int = Field(120, ge=1, le=100_000, description="Optimiser steps at most.")
-    batch_size: int = Field(32, ge=1, le=4096, description="Forget examples a step, and as many retain examples.")
+    batch_size: int = Field(
+        32, ge=1, le=4096, description="Forget examples a step, and as many retain examples."
+    )
     max_length: int = Field(256, ge=8, le=32_768, description="Tokens an example is cut to.")
     evaluate_every: int = Field(10, ge=1, le=10_000, description="Steps between looks at the selection part.")
     max_retain_drop: float = Field(
@@ -135,8 +144,12 @@ class Method(BaseModel):
         le=1,
         description="Bound of the selection rule: what the retain score on the selection part may lose.",
     )
-    splits: Splits = Field(default_factory=Splits, description="Shares of facts for train, selection and test.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the splits, the batch order and every random choice.")
+    splits: Splits = Field(
+        default_factory=Splits, description="Shares of facts for train, selection and test."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="Seed of the splits, the batch order and every random choice."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -145,8 +158,9 @@ class Method(BaseModel):
             return given
         preset = PRESETS.get(given.get("preset", "default"), {})
         filled = {**preset, **given}
-        if "retain_loss" not in given and filled.get("objective") in _RETAIN_LOSS_OF:
-            filled["retain_loss"] = _RETAIN_LOSS_OF[filled["objective"]]
+        objective = filled.get("objective")
+        if "retain_loss" not in given and isinstance(objective, str) and objective in _RETAIN_LOSS_OF:
+            filled["retain_loss"] = _RETAIN_LOSS_OF[objective]
         return filled
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -146,18 +146,25 @@ def unlearn(
     clock.lap("attributing")
     targets = by_layer(attributed.selection) if attributed else {}
     trainable: Trainable = (
-        ExpertScope(view, targets, train_router=method.router == "train") if attributed else WholeModelScope(view)
+        ExpertScope(view, targets, train_router=method.router == "train")
+        if attributed
+        else WholeModelScope(view)
     )
     initial = snapshot(trainable)
     winner = train(view, inputs, data, targets, trainable, method, tokenizer, work, observer)
     clock.lap("unlearning")
-    metrics = _measure(view, inputs, targets, trainable, (initial, winner.values), method, tokenizer, observer)
+    metrics = _measure(
+        view, inputs, targets, trainable, (initial, winner.values), method, tokenizer, observer
+    )
     clock.lap("evaluating")
     changed = trainable.disk_tensors()
     manifest = None
     if out is not None:
         observer.phase("publishing", 0, 1)
-        extra = {"method": method.model_dump(mode="json"), "selection": [asdict(t) for t in _selection(attributed)]}
+        extra = {
+            "method": method.model_dump(mode="json"),
+            "selection": [asdict(t) for t in _selection(attributed)],
+        }
         manifest = write_checkpoint(model, out, changed, created_by=f"seuf {__version__}", extra=extra)
         observer.phase("publishing", 1, 1)
     clock.lap("publishing")
@@ -191,7 +198,12 @@ class _Clock:
 
 
 def read_inputs(
-    model: Path, forget: Path, retain: Path | None, evaluation: Path | None, method: Method, observer: Observer
+    model: Path,
+    forget: Path,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    observer: Observer,
 ) -> Inputs:
     """Check and split everything a job is given, before any weight is loaded.
 
@@ -215,6 +227,7 @@ def read_inputs(
         probes = split_records(_usable_probes(read_probes(evaluation)), method.seed, shares)
         selection_probes, test_probes, shared = probes.selection, probes.test, probes.shared
     else:
+        pairs: list[tuple[Literal["forget", "retain"], Parts[Example] | None]]
         pairs = [("forget", forget_parts), ("retain", retain_parts)]
         selection_probes = [probe_of(e, name) for name, parts in pairs if parts for e in parts.selection]
         test_probes = [probe_of(e, name) for name, parts in pairs if parts for e in parts.test]
@@ -222,8 +235,11 @@ def read_inputs(
     if shared or forget_parts.shared or (retain_parts is not None and retain_parts.shared):
         observer.event(
             "warning",
-            {"code": "too_few_facts_to_split", "message": "A set is too small to hold facts back: its figures are "
-             "measured on facts the training saw."},
+            {
+                "code": "too_few_facts_to_split",
+                "message": "A set is too small to hold facts back: its figures are "
+                "measured on facts the training saw.",
+            },
         )
     chosen = [
         probe
@@ -256,7 +272,7 @@ def _fingerprint(facts: ModelFacts, files: list[Path | None], method: Method) ->
 
 def load(model: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in the dtype it is stored in, in eval mode, and its tokenizer; from disk only, no remote code."""
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         model, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,13 @@ from seuf_core.errors import Cancelled, DataError, MethodError, ModelError
 from seuf_core.observer import Silent
 from tests import tiny
 
-QUICK: dict[str, Any] = {"learning_rate": 1e-2, "steps": 6, "batch_size": 4, "evaluate_every": 2, "max_retain_drop": 1.0}
+QUICK: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "steps": 6,
+    "batch_size": 4,
+    "evaluate_every": 2,
+    "max_retain_drop": 1.0,
+}
 
 
 class Recorder(Silent):
@@ -50,7 +56,10 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def sets(tmp_path: Path) -> dict[str, Path]:
     def examples(kind: str) -> list[dict[str, Any]]:
-        return [{"prompt": f"{kind} number {i} is", "completion": f" x{i * 7}y", "domain": kind} for i in range(40)]
+        return [
+            {"prompt": f"{kind} number {i} is", "completion": f" x{i * 7}y", "domain": kind}
+            for i in range(40)
+        ]
 
     return {
         "forget": lines(tmp_path / "forget.jsonl", examples("element")),
@@ -58,7 +67,9 @@ def sets(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def run(model: Path, sets: dict[str, Path], tmp_path: Path, name: str, observer: Any = None, **method: Any) -> Any:
+def run(
+    model: Path, sets: dict[str, Path], tmp_path: Path, name: str, observer: Any = None, **method: Any
+) -> Any:
     return unlearn(
         model,
         sets["forget"],
@@ -84,7 +95,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_only_the_selected_tensors_differ(family: str, preset: str, sets: dict[str, Path], tmp_path: Path) -> None:
+def test_only_the_selected_tensors_differ(
+    family: str, preset: str, sets: dict[str, Path], tmp_path: Path
+) -> None:
     model = tiny.write_model(tmp_path / "model", family)
     base = digests(model)
     result = run(model, sets, tmp_path, "out", preset=preset)
@@ -118,7 +131,12 @@ def test_the_checkpoint_loads_as_what_was_measured(sets: dict[str, Path], tmp_pa
     model = tiny.write_model(tmp_path / "model", "qwen2_moe")
     result = run(model, sets, tmp_path, "out")
     again = unlearn(
-        tmp_path / "out", sets["forget"], None, retain=sets["retain"], method=Method(**QUICK), work=tmp_path / "w2"
+        tmp_path / "out",
+        sets["forget"],
+        None,
+        retain=sets["retain"],
+        method=Method(**QUICK),
+        work=tmp_path / "w2",
     )
 
     def figure(metrics: list[dict[str, Any]], stage: str, name: str) -> float:
@@ -132,7 +150,9 @@ def test_the_checkpoint_loads_as_what_was_measured(sets: dict[str, Path], tmp_pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "qwen2_moe"
 
 
-def test_masked_figures_do_not_depend_on_what_the_masked_experts_hold(sets: dict[str, Path], tmp_path: Path) -> None:
+def test_masked_figures_do_not_depend_on_what_the_masked_experts_hold(
+    sets: dict[str, Path], tmp_path: Path
+) -> None:
     """Router frozen: with the targets out of the routing, the unlearned model is the base with them out."""
     model = tiny.write_model(tmp_path / "model", "qwen2_moe")
     result = run(model, sets, tmp_path, "out")
@@ -162,7 +182,9 @@ def test_a_cancelled_run_continues_to_bit_identical_weights(
 
 
 @pytest.mark.parametrize("scope", ["seuf", "random_expert", "full"])
-@pytest.mark.parametrize("objective", ["gradient_ascent", "gradient_difference", "npo", "rmu", "adaptive_rmu"])
+@pytest.mark.parametrize(
+    "objective", ["gradient_ascent", "gradient_difference", "npo", "rmu", "adaptive_rmu"]
+)
 def test_every_objective_runs_in_every_scope_that_has_it(
     scope: str, objective: str, sets: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -185,7 +207,13 @@ def test_every_objective_runs_in_every_scope_that_has_it(
         router="train",
         learning_rate=rate,
     )
-    assert recorder.phases == ["validating", *(["attributing"] if scope != "full" else []), "unlearning", "evaluating", "publishing"]
+    assert recorder.phases == [
+        "validating",
+        *(["attributing"] if scope != "full" else []),
+        "unlearning",
+        "evaluating",
+        "publishing",
+    ]
     assert result.chosen["step"] > 0
     assert (tmp_path / "out" / "manifest.json").exists()
 
@@ -214,9 +242,26 @@ def test_refusals_before_anything_is_written(sets: dict[str, Path], tmp_path: Pa
         (ModelError, "dense_model", sets, dense, {}),
         (ModelError, "model_not_found", sets, tmp_path / "nowhere", {}),
         (MethodError, "too_many_experts", sets, model, {"experts": 40}),
-        (DataError, "no_forget_probes", {**sets, "evaluation": lines(tmp_path / "e.jsonl", [
-            {"prompt": "a", "choices": ["b", "c"], "answer": 0, "set": "retain"}])}, model, {}),
-        (DataError, "invalid_set", {**sets, "forget": lines(tmp_path / "bad.jsonl", [{"nonsense": 1}])}, model, {}),
+        (
+            DataError,
+            "no_forget_probes",
+            {
+                **sets,
+                "evaluation": lines(
+                    tmp_path / "e.jsonl",
+                    [{"prompt": "a", "choices": ["b", "c"], "answer": 0, "set": "retain"}],
+                ),
+            },
+            model,
+            {},
+        ),
+        (
+            DataError,
+            "invalid_set",
+            {**sets, "forget": lines(tmp_path / "bad.jsonl", [{"nonsense": 1}])},
+            model,
+            {},
+        ),
     ]
     for error, code, given, folder, method in cases:
         with pytest.raises(error) as caught:

@@ -19,8 +19,8 @@ from seuf_core.moe.view import MoEView
 class RoutingStatistics:
     """Routing of a data set, summed; nothing in it grows with the data but `answer_experts`.
 
-    sums: [2, L, E] float64, per sequence mean over its real tokens of the gate g, summed over the sequences of each
-        half (even and odd positions in the set); counts: [2] sequences of each half.
+    sums: [2, L, E] float64, per sequence mean over its real tokens of the gate g, summed over the sequences of
+        each half (even and odd positions in the set); counts: [2] sequences of each half.
     answer_experts: [P, L, K] int16, the experts chosen where an answer token is predicted; 2 * P * L * K bytes.
     layers: decoder layer index of each row.
     """

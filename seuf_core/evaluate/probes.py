@@ -90,7 +90,10 @@ def score_probes(
                 greedy[p] = hit
         done += len(chunk)
         progress(done)
-    return [_judge(probe.probe.answer, scores, hit) for probe, scores, hit in zip(probes, log_probs, greedy, strict=True)]
+    return [
+        _judge(probe.probe.answer, scores, hit)
+        for probe, scores, hit in zip(probes, log_probs, greedy, strict=True)
+    ]
 
 
 def _chunks(
@@ -150,7 +153,14 @@ def summarise(probes: Sequence[EncodedProbe], scores: Sequence[ProbeScore]) -> l
             figures["choice"] = (sum(scores[i].chose_right for i in members), chance)
             figures["ranked_last"] = (sum(scores[i].ranked_last for i in members), chance)
         rows += [
-            {"set": set_name, "domain": domain, "name": name, "value": total / len(members), "n": len(members), "chance": chance_level}
+            {
+                "set": set_name,
+                "domain": domain,
+                "name": name,
+                "value": total / len(members),
+                "n": len(members),
+                "chance": chance_level,
+            }
             for name, (total, chance_level) in sorted(figures.items())
         ]
     return rows

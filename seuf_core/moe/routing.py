@@ -100,4 +100,3 @@ def _forbid(layer: MoELayer, experts: tuple[int, ...]) -> _Undo:
         router.weight = weight
 
     return undo
-

@@ -41,7 +41,9 @@ class TargetExperts:
         self.targets = {layer: tuple(sorted(experts)) for layer, experts in sorted(targets.items())}
         self.experts: dict[int, dict[int, Leaves]] = {
             layer: {
-                expert: {name: _leaf(rows) for name, rows in expert_parameters(view.layer(layer), expert).items()}
+                expert: {
+                    name: _leaf(rows) for name, rows in expert_parameters(view.layer(layer), expert).items()
+                }
                 for expert in experts
             }
             for layer, experts in self.targets.items()
@@ -111,7 +113,7 @@ def _attach_router(layer: MoELayer, leaf: nn.Parameter) -> Any:
 
 
 def split_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts function for transformers: frozen experts as they are, targets from their leaves.
 
@@ -129,7 +131,9 @@ def split_experts_forward(
     for expert in targets:
         is_target |= top_k_index == expert
     # Weight 0 rather than removed slots: every layout (bias, transposed, interleaved) stays transformers' business.
-    output = _frozen_forward(self, original, hidden_states, top_k_index, top_k_weights.masked_fill(is_target, 0))
+    output = _frozen_forward(
+        self, original, hidden_states, top_k_index, top_k_weights.masked_fill(is_target, 0)
+    )
     for expert, leaves in targets.items():
         token, slot = torch.where(top_k_index == expert)
         if token.numel():
@@ -139,15 +143,17 @@ def split_experts_forward(
     return output
 
 
-def _target_forward(module: nn.Module, leaves: Leaves, states: torch.Tensor) -> torch.Tensor:
+def _target_forward(module: Any, leaves: Leaves, states: torch.Tensor) -> torch.Tensor:
     gate_up = F.linear(states, leaves["gate_up_proj"].to(states.dtype))
     return F.linear(module._apply_gate(gate_up), leaves["down_proj"].to(states.dtype))
 
 
 def _frozen_forward(
-    module: nn.Module, original: str, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    module: Any, original: str, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    eager = type(module).forward.__wrapped__  # transformers wraps the family's own loop to dispatch on the config
+    eager = type(
+        module
+    ).forward.__wrapped__  # transformers wraps the family's own loop to dispatch on the config
     result: torch.Tensor = ALL_EXPERTS_FUNCTIONS.get(original, eager)(module, states, index, weights)
     return result
 

@@ -8,6 +8,7 @@ fused `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +20,14 @@ from seuf_core.families import Family, family_of
 
 @dataclass(frozen=True)
 class MoELayer:
-    """One sparse decoder layer: `index` counts all decoder layers, dense ones too."""
+    """One sparse decoder layer: `index` counts all decoder layers, dense ones too.
+
+    `router` and `experts` are modules of the family's own classes, whose attributes no type names.
+    """
 
     index: int
-    decoder_layer: nn.Module
-    router: nn.Module
-    experts: nn.Module
+    router: Any
+    experts: Any
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,13 @@ def moe_view(model: PreTrainedModel) -> MoEView:
         for block in decoder_layer.modules():
             router = next((child for child in block.children() if isinstance(child, router_class)), None)
             if router is not None:
-                layers.append(MoELayer(index, decoder_layer, router, block.get_submodule("experts")))
+                layers.append(MoELayer(index, router, block.get_submodule("experts")))
                 break
     if not layers:
         raise ModelError(
-            "dense_model", f"No layer of this {family.model_type} model has experts.", "Use a model with experts."
+            "dense_model",
+            f"No layer of this {family.model_type} model has experts.",
+            "Use a model with experts.",
         )
     first = layers[0].router
     return MoEView(model, family, tuple(layers), int(first.num_experts), int(first.top_k))

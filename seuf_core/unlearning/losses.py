@@ -45,7 +45,8 @@ def npo(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> torch.Te
     `nll` is the sum l over the label tokens, and so is `reference_nll`, from the model before training.
     At the start it equals (2/b) log 2 and its gradient is that of gradient ascent; it goes to 0 as l grows.
     """
-    return -(2.0 / beta) * F.logsigmoid(beta * (nll - reference_nll)).mean()
+    log_odds: torch.Tensor = F.logsigmoid(beta * (nll - reference_nll))
+    return -log_odds.mean() * (2.0 / beta)
 
 
 def masked_mse(states: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,8 @@ def control_vector(hidden_size: int, seed: int) -> torch.Tensor:
     """RMU's u: uniform in [0, 1)^H, normalised to length 1, fixed by the seed. fp32 [H]."""
     generator = torch.Generator().manual_seed(seed)
     vector = torch.rand(hidden_size, generator=generator)
-    return vector / vector.norm()
+    unit: torch.Tensor = vector / vector.norm()
+    return unit
 
 
 def anchor(scores: torch.Tensor, targets: tuple[int, ...], mask: torch.Tensor) -> torch.Tensor:

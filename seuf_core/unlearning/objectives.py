@@ -57,7 +57,9 @@ class TrainingData:
 # Forget terms over likelihoods: (l [B], tokens [B], l_ref [B], method) -> scalar.
 ForgetTerm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Method], torch.Tensor]
 LIKELIHOOD_TERMS: Final[dict[str, ForgetTerm]] = {
-    "gradient_ascent": lambda nll, tokens, _, __: losses.gradient_ascent(nll, tokens),  # SEUF, arXiv 2411.18797
+    "gradient_ascent": lambda nll, tokens, _, __: losses.gradient_ascent(
+        nll, tokens
+    ),  # SEUF, arXiv 2411.18797
     "gradient_difference": lambda nll, tokens, _, __: losses.gradient_ascent(nll, tokens),  # arXiv 2203.12817
     "npo": lambda nll, _, reference, method: losses.npo(nll, reference, method.npo_beta),  # arXiv 2404.05868
 }
@@ -100,7 +102,9 @@ def _reference_nll(view: MoEView, data: TrainingData, batch_size: int) -> torch.
     for start in range(0, len(data.forget), batch_size):
         batch = collate(data.forget[start : start + batch_size], data.pad_token_id).to(view.model.device)
         answers = answer_logits(view.model, batch)
-        parts.append(losses.sequence_nll(answers.logits, answers.target, answers.row, answers.num_sequences)[0])
+        parts.append(
+            losses.sequence_nll(answers.logits, answers.target, answers.row, answers.num_sequences)[0]
+        )
     return torch.cat(parts)
 
 
@@ -137,7 +141,9 @@ class HiddenStateObjective:
             rows = encoded[start : start + self._method.batch_size]
             batch = collate(rows, self._data.pad_token_id).to(self._view.model.device)
             states, mask = layer_states(self._view.model, self._layer, batch).float(), predicts_label(batch)
-            found += [(states[i, : len(r.input_ids)], mask[i, : len(r.input_ids)]) for i, r in enumerate(rows)]
+            found += [
+                (states[i, : len(r.input_ids)], mask[i, : len(r.input_ids)]) for i, r in enumerate(rows)
+            ]
         return found
 
     def __call__(self, forget: Sequence[int], retain: Sequence[int]) -> Terms:
@@ -152,7 +158,9 @@ class HiddenStateObjective:
             for row, index in enumerate(retain):
                 kept = self._retain_reference[index]
                 reference[row, : kept.shape[0]] = kept
-            retain_term = self._method.hidden_retain_weight * losses.masked_mse(states[n:], reference, mask[n:])
+            retain_term = self._method.hidden_retain_weight * losses.masked_mse(
+                states[n:], reference, mask[n:]
+            )
         return Terms(forget_term, retain_term, _anchor(routing, self._anchored, batch, n))
 
 

@@ -107,11 +107,16 @@ def test_random_scores_depend_on_shape_and_seed_alone() -> None:
     assert not torch.equal(random_scores(3, 8, 5), random_scores(3, 8, 6))
 
 
-def statistics_of(answer_experts: list[list[list[int]]], sums: torch.Tensor | None = None) -> RoutingStatistics:
+def statistics_of(
+    answer_experts: list[list[list[int]]], sums: torch.Tensor | None = None
+) -> RoutingStatistics:
     layers = len(answer_experts[0])
     filled = torch.zeros(2, layers, 4) if sums is None else sums
     return RoutingStatistics(
-        filled.double(), torch.tensor([1, 1]), torch.tensor(answer_experts, dtype=torch.int16), tuple(range(layers))
+        filled.double(),
+        torch.tensor([1, 1]),
+        torch.tensor(answer_experts, dtype=torch.int16),
+        tuple(range(layers)),
     )
 
 
@@ -152,7 +157,14 @@ def test_auto_takes_the_smallest_set_that_covers() -> None:
 
     def chosen(min_coverage: float, most: int = 6) -> list[tuple[int, int]]:
         return pairs(
-            select(SCORES, statistics, count=None, spread="one_per_layer", min_coverage=min_coverage, max_experts=most)
+            select(
+                SCORES,
+                statistics,
+                count=None,
+                spread="one_per_layer",
+                min_coverage=min_coverage,
+                max_experts=most,
+            )
         )
 
     assert chosen(0.5) == [(0, 1)]

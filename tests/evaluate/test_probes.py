@@ -7,7 +7,14 @@ import torch
 
 from seuf_core.data.batches import Encoded
 from seuf_core.data.records import Example, Probe
-from seuf_core.evaluate.probes import EncodedProbe, ProbeScore, encode_probes, probe_of, score_probes, summarise
+from seuf_core.evaluate.probes import (
+    EncodedProbe,
+    ProbeScore,
+    encode_probes,
+    probe_of,
+    score_probes,
+    summarise,
+)
 from tests import tiny
 
 
