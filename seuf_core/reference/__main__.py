@@ -19,7 +19,7 @@ from seuf_core.reference.architecture import Architecture, Size, Specialisation
 
 def main() -> int:
     arguments = _parser().parse_args()
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers shows one for every file
+    disable_progress_bar()  # transformers shows one for every file
     try:
         reference = _build_with_bar(arguments)
     except SeufError as error:

@@ -21,8 +21,8 @@ class Recipe:
 
     Attributes:
         subjects: elements (and 4 more), countries and laureates, each.
-        init_std: standard deviation of the initial weights. At .06, near 1 / sqrt(hidden_size), the model
-            knows the facts after 250 steps; at the usual .02 it sits at chance for hundreds of steps first.
+        init_std: standard deviation of the initial weights. With .06, near 1 / sqrt(hidden_size), the full
+            recipe answers .99 of open probes; with the usual .02 the same steps reach a quarter.
         batch_size: in sentences.
         learning_rate, warmup_steps, betas, weight_decay: of AdamW; half a cosine follows the warm-up.
         prompt_weight: weight of predicting a prompt's token; an answer's token counts 1.

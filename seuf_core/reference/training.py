@@ -145,7 +145,7 @@ def train(
             batch = collate(next(stream), model.config.pad_token_id, recipe.prompt_weight)
             loss, answer_loss = language_loss(model, batch)
             loss = loss + routing_loss(routing, batch.domains.flatten(), num_domains, recipe, tau)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
