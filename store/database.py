@@ -55,9 +55,8 @@ class Database:
         """A transaction that commits when the block ends and rolls back when it raises.
 
         SQLite takes its write lock at once (BEGIN IMMEDIATE): a transaction that reads first and writes
-        later could
-        otherwise fail half way, because SQLite cannot upgrade a stale read. So keep the block short and do
-        no IO in it.
+        later could otherwise fail half way, because SQLite cannot upgrade a stale read. So keep the block
+        short and do no IO in it.
         """
         with self._write.begin() as session:
             yield session

@@ -29,8 +29,7 @@ def append(session: Session, job_id: str, type_: str, data: dict[str, Any]) -> i
     """Add the next event of a job; returns its seq.
 
     The UPDATE holds the job's row until the transaction ends, so two writers take turns, a rollback gives
-    the number back,
-    and no reader sees number n + 1 before number n.
+    the number back, and no reader sees number n + 1 before number n.
     """
     draw = update(Job).where(Job.id == job_id).values(event_seq=Job.event_seq + 1)
     seq, tenant = session.execute(

@@ -1,9 +1,8 @@
 """API keys: made here, shown once, kept as an HMAC.
 
 A key is seuf_, 8 characters that name it, 44 secret characters (220 bits) and a 6-character checksum, all
-lower-case base32.
-The checksum lets a typo be told from a revoked key without a look in the database, and lets secret
-scanners be sure.
+lower-case base32. The checksum lets a typo be told from a revoked key without a look in the database, and
+lets secret scanners be sure.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
 """Who holds a job: claim, heartbeat, expiry. For workers, across tenants.
 
-A claim raises the job's lease token; every later write of the worker carries it (store.fenced), so a
-worker that
-lost its lease can change nothing. Each function runs in the caller's transaction.
+A claim raises the job's lease token; every later write of the worker carries it (store.fenced), so a worker
+that lost its lease can change nothing. Each function runs in the caller's transaction.
 """
 
 from dataclasses import dataclass
@@ -88,9 +87,8 @@ def heartbeat(session: Session, held: Claim, lease_seconds: float) -> Heartbeat:
 def release_expired(session: Session, max_attempts: int = MAX_ATTEMPTS) -> list[Job]:
     """End every lease that has run out; returns the jobs as they are now.
 
-    Running jobs go back to the queue while attempts remain and fail with WORKER_LOST after that;
-    cancelling jobs are
-    cancelled: nobody is left to stop.
+    Running jobs go back to the queue while attempts remain and fail with WORKER_LOST after that; cancelling
+    jobs are cancelled: nobody is left to stop.
     """
     at = utc_now(session)
     expired = select(Job).where(Job.status.in_(HELD), Job.lease_expires_at < at).order_by(Job.id)

@@ -79,8 +79,8 @@ class Settings(BaseSettings):
         return self.data_dir / "work"
 
     def environment(self) -> dict[str, str]:
-        """The variables that give another process these settings, all but the secret."""
-        fields = type(self).model_fields.keys() - {"secret"}
+        """The variables that give a worker process these settings: all of the store's but the secret."""
+        fields = Settings.model_fields.keys() - {"secret"}
         return {f"SEUF_{name.upper()}": str(getattr(self, name)) for name in sorted(fields)}
 
     def secret_bytes(self) -> bytes:

@@ -1,8 +1,7 @@
 """Real services for tests: a private Postgres and a private Redis, as processes of their own on free ports.
 
 Each is started when the first test of a session asks for it and stopped with the session. `database` gives
-a fresh,
-migrated database per test, once on SQLite and once on Postgres.
+a fresh, migrated database per test, once on SQLite and once on Postgres.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -134,10 +134,16 @@ def database(database_url: str) -> Iterator[Database]:
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[str]:
     """Address of a private Redis that keeps nothing on disk."""
+    with redis_on(free_port()) as url:
+        yield url
+
+
+@contextmanager
+def redis_on(port: int) -> Iterator[str]:
+    """A Redis of its own on `port` for the length of the block; yields its address."""
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.fail("These tests need Redis. Install it: apt-get install redis-server")
-    port = free_port()
     command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
     process = subprocess.Popen([*_dies_with_us(), *command], stdout=subprocess.DEVNULL)
     url = f"redis://127.0.0.1:{port}/0"

@@ -1,8 +1,7 @@
 """The Celery lane: a message says that a job is ready, and holds nothing but its id.
 
 The database is the truth. A message that comes twice, late or for a finished job finds nothing to claim;
-one that never
-comes is sent again. So acknowledgement is early, and there is no result backend.
+one that never comes is sent again. So acknowledgement is early, and there is no result backend.
 """
 
 import logging
@@ -11,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_shutting_down
+from celery.signals import celeryd_init, worker_shutting_down
 from kombu.exceptions import OperationalError
 
 from store.database import Database
@@ -22,37 +21,50 @@ from worker.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 TASK = "worker.run_job"
+QUEUE = "seuf"
+NO_BROKER = "The celery lane needs a broker. Set SEUF_BROKER_URL, or use the database lane."
 
-app = Celery("seuf", broker=Settings().broker_url or None, set_as_current=False)
-app.conf.update(
-    task_default_queue="seuf",
-    task_serializer="json",
-    accept_content=["json"],
-    task_ignore_result=True,
-    task_acks_late=False,
-    # One engine at a time. Prefork, although the task only waits for another process: the main process
-    # stays free to
-    # answer `inspect ping` (the container's health check), to keep its connection to Redis, and to hear
-    # SIGTERM.
-    worker_pool="prefork",
-    worker_concurrency=1,
-    worker_prefetch_multiplier=1,
-    # With early acknowledgement, prefetch 1 still reserves the next message while a job runs: it would
-    # wait for hours
-    # behind that job while other workers are idle.
-    worker_disable_prefetch=True,
-    # The child imports no torch, but on a loaded machine even that may take longer than the default of 4
-    # s, after which
-    # Celery kills it and starts over.
-    worker_proc_alive_timeout=60,
-    broker_connection_retry_on_startup=True,
-    worker_hijack_root_logger=False,
-    worker_send_task_events=False,
-)
 
-# Made before the pool forks, so that the main process, which gets SIGTERM, can tell the child, which runs
-# the job.
+def celery_app(broker_url: str) -> Celery:
+    """A Celery application with our rules on this broker."""
+    made = Celery("seuf", broker=broker_url or None, set_as_current=False)
+    made.conf.update(
+        task_default_queue=QUEUE,
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_acks_late=False,
+        # One engine at a time. Prefork, although the task only waits for another process: the main process
+        # stays free to answer `inspect ping` (the container's health check), to keep its connection to
+        # Redis, and to hear SIGTERM.
+        worker_pool="prefork",
+        worker_concurrency=1,
+        worker_prefetch_multiplier=1,
+        # With early acknowledgement, prefetch 1 still reserves the next message while a job runs: it would
+        # wait for hours behind that job while other workers are idle.
+        worker_disable_prefetch=True,
+        # The child imports no torch, but on a loaded machine even that may take longer than the default of
+        # four seconds, after which Celery kills it and starts over.
+        worker_proc_alive_timeout=60,
+        broker_connection_retry_on_startup=True,
+        # The dispatcher asks again by itself, and has leases to look after meanwhile.
+        task_publish_retry=False,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+    )
+    return made
+
+
+app = celery_app(Settings().broker_url)
+
+# Made before the pool forks: the main process gets SIGTERM, the child runs the job.
 _stopping = multiprocessing.Event()
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _need_broker(**_: Any) -> None:
+    if not app.conf.broker_url:
+        raise SystemExit(NO_BROKER)  # else Celery would look for RabbitMQ on this machine, for ever
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
@@ -67,12 +79,27 @@ def run_job(job_id: str) -> None:
         log.info("%s is not queued any more", job_id)
 
 
-def publish(job_id: str) -> None:
-    """Tell the workers of a job; ConnectionError when the broker cannot be reached."""
-    try:
-        app.send_task(TASK, args=[job_id])
-    except OperationalError as error:
-        raise ConnectionError("The broker is away.") from error
+class CeleryBroker:
+    """The broker as the dispatcher sees it. ConnectionError when it cannot be reached."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+
+    def publish(self, job_id: str) -> None:
+        """Tell the workers of a job."""
+        try:
+            self.app.send_task(TASK, args=[job_id])
+        except OperationalError as error:
+            raise ConnectionError("The broker is away.") from error
+
+    def is_empty(self) -> bool:
+        """Does no message wait?"""
+        try:
+            with self.app.connection_for_write() as connection:
+                declared = connection.default_channel.queue_declare(queue=QUEUE)
+        except (*connection.connection_errors, OperationalError) as error:
+            raise ConnectionError("The broker is away.") from error
+        return bool(declared.message_count == 0)
 
 
 @lru_cache(maxsize=1)

@@ -1,11 +1,10 @@
 """Background work that no single job owns: telling the broker of jobs, taking jobs from silent workers.
 
-`python -m worker.dispatcher` for the celery lane; the database lane runs the same loop beside itself, without
-a broker.
+`python -m worker.dispatcher` for the celery lane; the database lane runs the same loop beside itself,
+without a broker.
 """
 
 import logging
-from collections.abc import Callable
 from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,6 +21,8 @@ PUBLISH_SECONDS = 0.5
 """Between two looks at the outbox: what a job waits at most before a worker hears of it."""
 RELEASE_SECONDS = 5
 """Between two looks for expired leases, which take a minute to expire."""
+LOST_SECONDS = 30
+"""A message this old is lost if the broker is empty and its job still queued: a claim takes a second."""
 
 
 class Wait(Protocol):
@@ -32,7 +33,19 @@ class Wait(Protocol):
         ...
 
 
-def publish_outbox(database: Database, publish: Callable[[str], None]) -> int:
+class Broker(Protocol):
+    """What tells workers of jobs. Raises ConnectionError when it cannot be reached."""
+
+    def publish(self, job_id: str) -> None:
+        """Tell one of the workers."""
+        ...
+
+    def is_empty(self) -> bool:
+        """Does no message wait for a worker?"""
+        ...
+
+
+def publish_outbox(database: Database, broker: Broker) -> int:
     """Tell the broker of every job that waits in the outbox; returns how many.
 
     Marked after publishing: a crash in between tells a worker twice, and the second claim finds nothing. No
@@ -41,10 +54,24 @@ def publish_outbox(database: Database, publish: Callable[[str], None]) -> int:
     with database.read() as session:
         waiting = [(message.id, message.job_id) for message in Outbox(session).pending()]
     for message_id, job_id in waiting:
-        publish(job_id)
+        broker.publish(job_id)
         with database.write() as session:
             Outbox(session).mark_published([message_id])
     return len(waiting)
+
+
+def resend_lost(database: Database, broker: Broker, older_than_seconds: float = LOST_SECONDS) -> int:
+    """Reopen the messages of queued jobs that the broker does not hold any more; returns how many.
+
+    Only an empty broker is asked about: behind a long queue a message may be hours old and still be there.
+    """
+    if not broker.is_empty():
+        return 0
+    with database.write() as session:
+        lost = Outbox(session).reopen_lost(older_than_seconds)
+    if lost:
+        log.warning("the broker lost %d messages; sending them again", lost)
+    return lost
 
 
 def release_expired(database: Database) -> None:
@@ -55,22 +82,19 @@ def release_expired(database: Database) -> None:
         log.warning("%s: its lease expired; now %s", job_id, status)
 
 
-def loop(database: Database, publish: Callable[[str], None] | None, wait: Wait) -> None:
-    """Until `wait` says so: the outbox every PUBLISH_SECONDS, expired leases every RELEASE_SECONDS.
+def loop(database: Database, broker: Broker | None, wait: Wait) -> None:
+    """Until `wait` says so: the outbox every PUBLISH_SECONDS, leases and lost messages every
+    RELEASE_SECONDS.
 
-    Without `publish` (no broker) only the leases.
-
-    Survives a database or a broker that is away: both are only asked again.
+    Without a broker only the leases. Survives a database or a broker that is away: both are only asked
+    again.
     """
-    pause = PUBLISH_SECONDS if publish else RELEASE_SECONDS
+    pause = PUBLISH_SECONDS if broker else RELEASE_SECONDS
     rounds = max(1, round(RELEASE_SECONDS / pause))
     turn = 0
     while True:
         try:
-            if turn % rounds == 0:
-                release_expired(database)
-            if publish is not None:
-                publish_outbox(database, publish)
+            _turn(database, broker, seldom=turn % rounds == 0)
         except (SQLAlchemyError, OSError) as error:
             log.warning("%s; again in %.1f s", type(error).__name__, pause)
         turn += 1
@@ -78,13 +102,26 @@ def loop(database: Database, publish: Callable[[str], None] | None, wait: Wait) 
             return
 
 
+def _turn(database: Database, broker: Broker | None, seldom: bool) -> None:
+    if seldom:
+        release_expired(database)
+    if broker is not None:
+        if seldom:
+            resend_lost(database, broker)
+        publish_outbox(database, broker)
+
+
 def main() -> None:
     """Entry of `python -m worker.dispatcher`."""
-    from worker.app import publish
+    from worker.app import NO_BROKER, CeleryBroker, app
+
+    settings = Settings()
+    if not settings.broker_url:
+        raise SystemExit(NO_BROKER)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     stop = StopFlag()
-    loop(Database(Settings().database_url), publish, stop.wait)
+    loop(Database(settings.database_url), CeleryBroker(app), stop.wait)
 
 
 if __name__ == "__main__":

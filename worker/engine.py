@@ -1,8 +1,8 @@
 """The engine process: `python -m worker.engine JOB_ID TOKEN`, started by the supervisor for one claimed job.
 
 Reads the job from the store, calls the method, publishes the checkpoint. Ends with exit code 0 when the
-job's end is
-written (or the lease is lost), 3 when it was stopped: then the supervisor knows why and writes it.
+job's end is written (or the lease is lost), 3 when it was stopped: then the supervisor knows why and writes
+it.
 """
 
 import argparse
@@ -63,6 +63,7 @@ class Engine:
         self.job = FencedJob(self.database, job_id, token)
         self.stop = stop
         self.work = settings.work_dir / job_id
+        self.training = self.work / "training"
         self.out = self.work / f"out-{token}"
 
     def run(self) -> int:
@@ -88,7 +89,7 @@ class Engine:
         inputs = self._inputs()
         module, name = self.settings.engine_entry.split(":")
         unlearn = getattr(importlib.import_module(module), name)
-        shutil.rmtree(self.out, ignore_errors=True)
+        self._tidy()
         result = unlearn(
             inputs.model,
             inputs.forget,
@@ -96,10 +97,16 @@ class Engine:
             retain=inputs.retain,
             evaluation=inputs.evaluation,
             method=inputs.method,
-            work=self.work / "training",
+            work=self.training,
             observer=JobObserver(self.job, self.stop),
         )
         return cast("UnlearnResult", result)
+
+    def _tidy(self) -> None:
+        """What an attempt that was killed left half-written; its training checkpoints stay."""
+        for entry in self.work.iterdir():
+            if entry.is_dir() and entry != self.training:
+                shutil.rmtree(entry)
 
     def _inputs(self) -> Inputs:
         job, model = insist(self._rows)
@@ -178,8 +185,7 @@ def _alone(work: Path) -> Iterator[None]:
     """The work folder for this process alone.
 
     An engine whose supervisor has just lost the lease may have seconds to live; two must not write one
-    training
-    checkpoint. The lock goes with the process, however it ends.
+    training checkpoint. The lock goes with the process, however it ends.
     """
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:

@@ -14,9 +14,8 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent() -> None:
     """Tie this process to the one that started it, twice over.
 
-    The kernel's parent-death signal works even while Python is stuck in a long call, but only on Linux,
-    and it is
-    missed if the parent died before this line. The pipe on standard input closes in every case and on
+    The kernel's parent-death signal works even while Python is stuck in a long call, but only on Linux, and
+    it is missed if the parent died before this line. The pipe on standard input closes in every case and on
     every system.
     """
     if sys.platform == "linux":

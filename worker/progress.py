@@ -18,7 +18,8 @@ INTERVAL_SECONDS = 0.5
 """Between two phase rows, and between two step rows: four rows a second together."""
 INTERRUPTIBLE = frozenset({"validating", "attributing", "evaluating"})
 """Phases that may end between any two units of work: nothing in them is worth saving. Training stops itself,
-after a training checkpoint; a checkpoint that is being written is finished."""
+after a training checkpoint; a checkpoint that is being written is finished.
+"""
 MORE_MEMORY = "Use a smaller batch_size or max_length, or a machine with more memory, then submit again."
 RETRY_SECONDS = (0.5, 1, 2, 4, 8, 15)
 """Pauses between attempts at a write that must not be lost: half a minute, a restart of the database."""

@@ -71,8 +71,7 @@ class Supervisor:
         """Run the queued job `job_id` (None: the oldest) to its end. False: it was not there to be taken.
 
         `stop` is asked all the time; once true, the engine writes a training checkpoint and the job goes
-        back to the
-        queue for another worker.
+        back to the queue for another worker.
         """
         with self.database.write() as session:
             claim = leases.claim(session, job_id, self.worker_id, self.settings.lease_seconds)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+from sqlalchemy import update
 
 from store.audit import Audit
 from store.database import Database
@@ -10,6 +13,7 @@ from store.errors import FileInUseError, NameTakenError, NotFoundError
 from store.files import Files, artefact_key
 from store.models import Models
 from store.outbox import Outbox
+from store.tables import OutboxMessage, now
 from tests.seeds import add_file, add_job, add_model, add_running, get_job
 
 
@@ -62,6 +66,35 @@ def test_outbox_keeps_what_nobody_took(database: Database) -> None:
         outbox.settle(ids[1])
     with database.read() as session:
         assert [message.job_id for message in Outbox(session).pending()] == ids[2:]
+
+
+def test_outbox_reopens_what_a_broker_lost(database: Database) -> None:
+    taken, waiting, fresh, pending = add_running(database).job_id, *(add_job(database) for _ in range(3))
+    with database.write() as session:
+        outbox = Outbox(session)
+        ids = {message.job_id: message.id for message in outbox.pending()}
+        outbox.mark_published([ids[waiting], ids[fresh]])
+        old = now() - timedelta(seconds=60)
+        # The taken job's message was settled by its claim, as long ago.
+        aged = OutboxMessage.job_id.in_([taken, waiting])
+        session.execute(update(OutboxMessage).where(aged).values(published_at=old))
+    with database.write() as session:
+        assert Outbox(session).reopen_lost(30) == 1
+        assert {message.job_id for message in Outbox(session).pending()} == {waiting, pending}
+    with database.write() as session:
+        assert Outbox(session).reopen_lost(30) == 0
+
+
+def test_outbox_reopens_one_message_of_a_job_that_was_requeued(database: Database) -> None:
+    held = add_running(database)
+    held.hand_back()
+    with database.write() as session:
+        outbox = Outbox(session)
+        (again,) = outbox.pending()
+        outbox.mark_published([again.id])
+        session.execute(update(OutboxMessage).values(published_at=now() - timedelta(seconds=60)))
+        assert outbox.reopen_lost(30) == 1
+        assert [message.id for message in outbox.pending()] == [again.id]
 
 
 def test_audit_is_read_in_order(database: Database) -> None:

@@ -1,8 +1,8 @@
-"""Small real functions with the signature of seuf_core.unlearn, for tests of the machinery around the method.
+"""Small real functions with the signature of seuf_core.unlearn, for tests of the machinery around the
+method.
 
 SEUF_ENGINE_ENTRY points the engine process at one of them. Each does what a method may do to a worker:
-finish, take
-long, ignore a stop, refuse its input, crash, run out of memory.
+finish, take long, ignore a stop, refuse its input, crash, run out of memory.
 """
 
 from __future__ import annotations

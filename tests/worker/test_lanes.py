@@ -89,12 +89,23 @@ def test_a_database_that_drops_its_connections_loses_no_result(make_house: Make)
     assert house.artefacts.exists(f"checkpoints/{job.checkpoint_id}/given.json")
 
 
+@SQLITE
+@pytest.mark.parametrize("command", [["worker", "--lane", "celery"], ["worker.dispatcher"]])
+def test_without_a_broker_the_celery_lane_says_so(
+    make_house: Make, command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = make_house("works").start(*command)
+    assert process.wait(30) == 1
+    assert "SEUF_BROKER_URL" in capfd.readouterr().err
+
+
 def start_celery(house: House, workers: int = 1) -> None:
     house.start("worker.dispatcher")
     for _ in range(workers):
         house.start("worker", "--lane", "celery")
 
 
+@POSTGRES
 def test_celery_lane(make_house: Make, redis_url: str) -> None:
     house = make_house("works", broker_url=redis_url)
     start_celery(house)

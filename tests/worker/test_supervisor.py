@@ -249,6 +249,19 @@ def take_over(house: House, job_id: str) -> None:
         assert leases.claim(session, job_id, "worker-2", 60) is not None
 
 
+@SQLITE
+def test_leftovers_of_a_killed_attempt_are_cleared(make_house: Make) -> None:
+    house = make_house("runs_until_stopped")
+    job_id = house.submit()
+    work = house.settings.work_dir / job_id
+    for name in ("out-0", ".draft"):
+        (work / name).mkdir(parents=True)
+    with running(house, job_id):
+        house.wait_for_pid(job_id)
+        house.cancel(job_id)
+    assert sorted(path.name for path in work.iterdir()) == ["lock", "training"]
+
+
 def test_two_workers_one_queue(make_house: Make) -> None:
     house = make_house("works")
     ids = [house.submit() for _ in range(3)]
