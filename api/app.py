@@ -14,7 +14,7 @@ from api.context import Service
 from api.docs import openapi_with_problems
 from api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from api.settings import ApiSettings
-from seuf_core import __version__
+from seuf_core.version import __version__
 from store.artefacts import Artefacts
 from store.database import Database
 from store.settings import Settings

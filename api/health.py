@@ -12,9 +12,10 @@ from pydantic import BaseModel, Field
 from api.context import Service, TheCaller, TheService
 from api.docs import problems
 from api.jobs import INLINE_BYTES
-from seuf_core import __version__, method
+from seuf_core import method
 from seuf_core.data.records import Limits
 from seuf_core.families import FAMILIES
+from seuf_core.version import __version__
 from store import migrate
 
 log = logging.getLogger("seuf.api")

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from seuf_core.version import __version__
+
 if TYPE_CHECKING:
     from seuf_core.method import Method as Method
     from seuf_core.pipeline import UnlearnResult as UnlearnResult
     from seuf_core.pipeline import unlearn as unlearn
 
 __all__ = ["Method", "UnlearnResult", "__version__", "unlearn"]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

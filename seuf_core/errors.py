@@ -40,7 +40,7 @@ class WriteError(SeufError):
     """A checkpoint could not be written or did not read back as planned."""
 
 
-class Cancelled(SeufError):
+class Cancelled(SeufError):  # noqa: N818 - an outcome somebody asked for, not a fault
     """The observer asked to stop; the last training checkpoint is on disk."""
 
     def __init__(self) -> None:

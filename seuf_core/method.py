@@ -126,8 +126,8 @@ class Method(BaseModel):
     )
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = Field(
         "auto",
-        description="AdamW's constant rate; `auto` tries `learning_rate_ladder` from the same start, strongest first, until a "
-        "step has forgotten enough.",
+        description="AdamW's constant rate; `auto` tries `learning_rate_ladder` from the same start, strongest "
+        "first, until a step has forgotten enough.",
     )
     learning_rate_ladder: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
         None, min_length=1, max_length=8, description="Rates tried by learning_rate = auto; null = by scope."

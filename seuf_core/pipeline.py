@@ -7,18 +7,22 @@ Each arrow is a function below; each value can be shown and tested by itself.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from seuf_core import __version__
-from seuf_core.attribution.affinity import Stability, contrast, random_scores, routing_statistics, stability
+from seuf_core.attribution.affinity import (
+    RoutingStatistics,
+    Stability,
+    contrast,
+    random_scores,
+    routing_statistics,
+    stability,
+)
 from seuf_core.attribution.selection import (
     SelectedExpert,
     by_layer,
@@ -26,14 +30,12 @@ from seuf_core.attribution.selection import (
     random_in_same_layers,
     select,
 )
-from seuf_core.checkpoint.inspect import ModelFacts, inspect_model
 from seuf_core.checkpoint.manifest import Manifest
 from seuf_core.checkpoint.writer import write_checkpoint
 from seuf_core.data.batches import Encoded, encode_examples, length_bucketed
-from seuf_core.data.parts import Parts, sample, split_records
-from seuf_core.data.records import Example, Probe, read_examples, read_probes
-from seuf_core.errors import DataError, MethodError
-from seuf_core.evaluate.probes import EncodedProbe, encode_probes, probe_of, score_probes, summarise
+from seuf_core.errors import MethodError
+from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
+from seuf_core.inputs import Inputs, read_inputs
 from seuf_core.method import Method
 from seuf_core.moe.routing import experts_masked
 from seuf_core.moe.view import MoEView, moe_view
@@ -41,12 +43,12 @@ from seuf_core.observer import Observer, Silent
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import TrainingData, build_objective
 from seuf_core.unlearning.rule import Quality, order, quality_of
-from seuf_core.unlearning.scopes import ExpertScope, Trainable, WholeModelScope, assign, snapshot
+from seuf_core.unlearning.scopes import ExpertScope, Trainable, Values, WholeModelScope, assign, snapshot
+from seuf_core.version import __version__
 
-# Enough probes a side that the selection figure has a standard error of about .04; more cost time at every look.
-SELECTION_PROBES = 150
 # A forget score (recognised above chance, plus said) of this or less ends the ladder: a weaker rate could win little.
 FORGOTTEN = 0.1
+TOKENS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,15 @@ class UnlearnResult:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything read and split, before a weight is loaded."""
+class Job:
+    """A job whose model is loaded: what every later step needs."""
 
-    facts: ModelFacts
-    forget: Parts[Example]
-    retain: Parts[Example] | None
-    selection_probes: list[Probe]
-    test_probes: list[Probe]
-    fingerprint: str
+    view: MoEView
+    tokenizer: PreTrainedTokenizerBase
+    inputs: Inputs
+    data: TrainingData
+    method: Method
+    observer: Observer
 
 
 def unlearn(
@@ -133,29 +135,23 @@ def unlearn(
         Cancelled: the observer cancelled; the training checkpoint in `work` is whole.
         WriteError: the checkpoint could not be written; nothing is at `out`.
     """
-    method, observer = method or Method(), observer or Silent()
-    clock = _Clock()
+    method, observer, clock = method or Method(), observer or Silent(), _Clock()
     inputs = read_inputs(model, forget, retain, evaluation, method, observer)
     clock.lap("validating")
-    loaded, tokenizer = load(model)
-    view = moe_view(loaded)
-    data = _training_data(inputs, method, tokenizer, view, observer)
-    attributed = None
-    if method.scope != "full":
-        attributed = attribute(view, data, method, observer)
+    job = open_job(model, inputs, method, observer)
+    attributed = attribute(job) if method.scope != "full" else None
+    selection = attributed.selection if attributed else ()
     clock.lap("attributing")
-    targets = by_layer(attributed.selection) if attributed else {}
+    targets = by_layer(selection)
     trainable: Trainable = (
-        ExpertScope(view, targets, train_router=method.router == "train")
-        if attributed
-        else WholeModelScope(view)
+        ExpertScope(job.view, targets, train_router=method.router == "train")
+        if method.scope != "full"
+        else WholeModelScope(job.view)
     )
     initial = snapshot(trainable)
-    winner = train(view, inputs, data, targets, trainable, method, tokenizer, work, observer)
+    winner = train(job, trainable, targets, work)
     clock.lap("unlearning")
-    metrics = _measure(
-        view, inputs, targets, trainable, (initial, winner.values), method, tokenizer, observer
-    )
+    metrics = measure(job, trainable, targets, before=initial, after=winner.values)
     clock.lap("evaluating")
     changed = trainable.disk_tensors()
     manifest = None
@@ -163,26 +159,22 @@ def unlearn(
         observer.phase("publishing", 0, 1)
         extra = {
             "method": method.model_dump(mode="json"),
-            "selection": [asdict(t) for t in _selection(attributed)],
+            "selection": [asdict(target) for target in selection],
         }
         manifest = write_checkpoint(model, out, changed, created_by=f"seuf {__version__}", extra=extra)
         observer.phase("publishing", 1, 1)
     clock.lap("publishing")
     return UnlearnResult(
         attribution=attributed.as_dict() if attributed else None,
-        selection=[asdict(target) for target in _selection(attributed)],
+        selection=[asdict(target) for target in selection],
         metrics=metrics,
         chosen={"learning_rate": winner.learning_rate, **winner.best.as_dict()},
         parameters_changed=sum(tensor.numel() for tensor in changed.values()),
-        parameters_total=sum(parameter.numel() for parameter in loaded.parameters()),
+        parameters_total=sum(parameter.numel() for parameter in job.view.model.parameters()),
         checkpoint=out,
         manifest=manifest,
         seconds=clock.laps,
     )
-
-
-def _selection(attributed: Attributed | None) -> tuple[SelectedExpert, ...]:
-    return attributed.selection if attributed else ()
 
 
 class _Clock:
@@ -197,79 +189,6 @@ class _Clock:
         self.laps[name], self._last = round(now - self._last, 3), now
 
 
-def read_inputs(
-    model: Path,
-    forget: Path,
-    retain: Path | None,
-    evaluation: Path | None,
-    method: Method,
-    observer: Observer,
-) -> Inputs:
-    """Check and split everything a job is given, before any weight is loaded.
-
-    Raises:
-        DataError, ModelError, MethodError: naming the offender, the rule and the fix.
-    """
-    observer.phase("validating", 0, 1)
-    facts = inspect_model(model)
-    if retain is None and method.needs_retain:
-        why = f"retain_loss {method.retain_loss}" if method.retain_loss != "none" else "attribution contrast"
-        raise MethodError(
-            "retain_set_required",
-            f"{why} needs a retain set, and none was given.",
-            "Give one, or use objective gradient_ascent with attribution affinity.",
-            "/retain_set",
-        )
-    shares = (method.splits.train, method.splits.selection, method.splits.test)
-    forget_parts = split_records(read_examples(forget), method.seed, shares)
-    retain_parts = split_records(read_examples(retain), method.seed, shares) if retain else None
-    if evaluation is not None:
-        probes = split_records(_usable_probes(read_probes(evaluation)), method.seed, shares)
-        selection_probes, test_probes, shared = probes.selection, probes.test, probes.shared
-    else:
-        pairs: list[tuple[Literal["forget", "retain"], Parts[Example] | None]]
-        pairs = [("forget", forget_parts), ("retain", retain_parts)]
-        selection_probes = [probe_of(e, name) for name, parts in pairs if parts for e in parts.selection]
-        test_probes = [probe_of(e, name) for name, parts in pairs if parts for e in parts.test]
-        shared = False
-    if shared or forget_parts.shared or (retain_parts is not None and retain_parts.shared):
-        observer.event(
-            "warning",
-            {
-                "code": "too_few_facts_to_split",
-                "message": "A set is too small to hold facts back: its figures are "
-                "measured on facts the training saw.",
-            },
-        )
-    chosen = [
-        probe
-        for name in ("forget", "retain")
-        for probe in sample([p for p in selection_probes if p.set == name], SELECTION_PROBES, method.seed)
-    ]
-    observer.phase("validating", 1, 1)
-    fingerprint = _fingerprint(facts, [forget, retain, evaluation], method)
-    return Inputs(facts, forget_parts, retain_parts, chosen, test_probes, fingerprint)
-
-
-def _usable_probes(probes: list[Probe]) -> list[Probe]:
-    if not any(probe.set == "forget" for probe in probes):
-        raise DataError(
-            "no_forget_probes",
-            "The evaluation set has no probe with set forget, so forgetting cannot be measured.",
-            'Add probes with "set": "forget".',
-            "/evaluation_set",
-        )
-    return probes
-
-
-def _fingerprint(facts: ModelFacts, files: list[Path | None], method: Method) -> str:
-    digest = hashlib.sha256(facts.digest.encode())
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes() if file else b"-").digest())
-    digest.update(json.dumps(method.model_dump(mode="json"), sort_keys=True).encode())
-    return digest.hexdigest()
-
-
 def load(model: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in the dtype it is stored in, in eval mode, and its tokenizer; from disk only, no remote code."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -280,22 +199,34 @@ def load(model: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return loaded.to(device).eval(), tokenizer
 
 
-def _training_data(
-    inputs: Inputs, method: Method, tokenizer: PreTrainedTokenizerBase, view: MoEView, observer: Observer
-) -> TrainingData:
-    retain = inputs.retain.train if inputs.retain else []
-    forget_encoded = encode_examples(tokenizer, inputs.forget.train, method.max_length)
-    retain_encoded = encode_examples(tokenizer, retain, method.max_length)
-    return TrainingData(forget_encoded, retain_encoded, view.model.config.pad_token_id or 0)
+def open_job(model: Path, inputs: Inputs, method: Method, observer: Observer) -> Job:
+    """Load the model and tokenise the training parts; says how many examples `max_length` cut."""
+    loaded, tokenizer = load(model)
+    forget, retain = (
+        encode_examples(tokenizer, examples, method.max_length)
+        for examples in (inputs.forget.train, inputs.retain.train if inputs.retain else [])
+    )
+    cut = sum(encoded.truncated for encoded in forget + retain)
+    if cut:
+        message = (
+            f"{cut} of {len(forget) + len(retain)} training examples were cut to {method.max_length} tokens."
+        )
+        observer.event("warning", {"code": "examples_cut", "message": message})
+    data = TrainingData(forget, retain, loaded.config.pad_token_id or 0)
+    return Job(moe_view(loaded), tokenizer, inputs, data, method, observer)
 
 
-def attribute(view: MoEView, data: TrainingData, method: Method, observer: Observer) -> Attributed:
+def attribute(job: Job) -> Attributed:
     """Score every expert on the training parts and choose the targets."""
-    total = len(data.forget) + len(data.retain)
+    view, data, method = job.view, job.data, job.method
 
-    def statistics(encoded: list[Encoded], offset: int) -> Any:
-        batches = (b.to(view.model.device) for b in length_bucketed(encoded, 8192, data.pad_token_id))
-        return routing_statistics(view, batches, lambda n: observer.phase("attributing", offset + n, total))
+    def statistics(encoded: list[Encoded], offset: int) -> RoutingStatistics:
+        total = len(data.forget) + len(data.retain)
+        batches = length_bucketed(encoded, TOKENS_PER_BATCH, data.pad_token_id)
+        on_device = (batch.to(view.model.device) for batch in batches)
+        return routing_statistics(
+            view, on_device, lambda n: job.observer.phase("attributing", offset + n, total)
+        )
 
     forget = statistics(data.forget, 0)
     match method.attribution:
@@ -315,93 +246,71 @@ def attribute(view: MoEView, data: TrainingData, method: Method, observer: Obser
     )
     if method.scope == "random_expert":
         chosen = random_in_same_layers(chosen, scores, view.layer_indices, method.seed)
-    attributed = Attributed(
-        method.attribution,
-        scores,
-        view.layer_indices,
-        stability(forget, view.num_experts_per_tok),
-        chosen,
-        coverage(forget, chosen),
-    )
-    observer.event("selection", {"experts": [asdict(t) for t in chosen], "coverage": attributed.coverage})
-    return attributed
+    stable, covered = stability(forget, view.num_experts_per_tok), coverage(forget, chosen)
+    job.observer.event("selection", {"experts": [asdict(target) for target in chosen], "coverage": covered})
+    return Attributed(method.attribution, scores, view.layer_indices, stable, chosen, covered)
 
 
-def train(
-    view: MoEView,
-    inputs: Inputs,
-    data: TrainingData,
-    targets: dict[int, tuple[int, ...]],
-    trainable: Trainable,
-    method: Method,
-    tokenizer: PreTrainedTokenizerBase,
-    work: Path,
-    observer: Observer,
-) -> RungResult:
-    """Try the rates of the ladder from the same start until one has forgotten; the winner is the best step by the rule."""
-    probes = encode_probes(tokenizer, inputs.selection_probes, method.max_length)
+def train(job: Job, trainable: Trainable, targets: dict[int, tuple[int, ...]], work: Path) -> RungResult:
+    """Try the rates of the ladder from the same start until one has forgotten; the best step by the rule wins.
+
+    Raises:
+        MethodError: `nothing_forgotten`, when the base itself is the best that the bound allows.
+    """
+    method = job.method
+    probes = encode_probes(job.tokenizer, job.inputs.selection_probes, method.max_length)
 
     def evaluate() -> Quality:
-        return quality_of(probes, score_probes(view.model, probes))
+        return quality_of(probes, score_probes(job.view.model, probes))
 
-    used = data if method.retain_loss != "none" else TrainingData(data.forget, [], data.pad_token_id)
+    data = job.data if method.retain_loss != "none" else replace(job.data, retain=[])
     run = Run(
         method=method,
         trainable=trainable,
         initial=snapshot(trainable),
-        objective=build_objective(view, method, used, targets),
+        objective=build_objective(job.view, method, data, targets),
         evaluate=evaluate,
         base=evaluate(),
-        sizes=(len(used.forget), len(used.retain)),
+        sizes=(len(data.forget), len(data.retain)),
         work=work,
-        fingerprint=inputs.fingerprint,
-        observer=observer,
+        fingerprint=job.inputs.fingerprint,
+        observer=job.observer,
     )
-    rungs = []
+    rungs: list[RungResult] = []
     for rung, learning_rate in enumerate(method.ladder):
         rungs.append(train_rung(run, rung, learning_rate))
-        observer.event("rung", {"rung": rung, "learning_rate": learning_rate, **rungs[-1].best.as_dict()})
+        job.observer.event("rung", {"rung": rung, "learning_rate": learning_rate, **rungs[-1].best.as_dict()})
         if rungs[-1].best.quality.forget_score <= FORGOTTEN:
             break
     winner = min(rungs, key=lambda result: order(result.best))
     if winner.best.step == 0:
         raise MethodError(
             "nothing_forgotten",
-            f"No step of {len(rungs)} run(s) forgot more than the base within max_retain_drop {method.max_retain_drop}.",
+            f"No step of {len(rungs)} run(s) forgot anything within max_retain_drop {method.max_retain_drop}.",
             "Raise max_retain_drop or steps, give other learning rates, or train more experts.",
             "/method",
         )
     return winner
 
 
-def _measure(
-    view: MoEView,
-    inputs: Inputs,
-    targets: dict[int, tuple[int, ...]],
-    trainable: Trainable,
-    values: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
-    method: Method,
-    tokenizer: PreTrainedTokenizerBase,
-    observer: Observer,
+def measure(
+    job: Job, trainable: Trainable, targets: dict[int, tuple[int, ...]], *, before: Values, after: Values
 ) -> list[dict[str, Any]]:
     """Test figures, looked at once: before, after, and both with the target experts masked out of the routing.
 
-    Leaves the model with the winning values merged in.
+    Leaves the model with the values of `after` merged in.
     """
-    probes = encode_probes(tokenizer, inputs.test_probes, method.max_length)
+    probes = encode_probes(job.tokenizer, job.inputs.test_probes, job.method.max_length)
+    stages = [
+        (name, mask) for name in ("before", "after") for mask in ((False, True) if targets else (False,))
+    ]
     rows: list[dict[str, Any]] = []
-    stages = 4 if targets else 2
-    for stage, chosen in zip(("before", "after"), values, strict=True):
-        assign(trainable, chosen)
+    for done, (name, masked) in enumerate(stages):
+        job.observer.phase("evaluating", done, len(stages))
+        assign(trainable, before if name == "before" else after)
         trainable.merge()
-        rows += _stage_rows(view, probes, stage)
-        observer.phase("evaluating", len({row["stage"] for row in rows}), stages)
-        if targets:
-            with experts_masked(view, targets):
-                rows += _stage_rows(view, probes, f"{stage}_masked")
-            observer.phase("evaluating", len({row["stage"] for row in rows}), stages)
+        with experts_masked(job.view, targets if masked else {}):
+            scored = summarise(probes, score_probes(job.view.model, probes))
+        rows += [{"stage": f"{name}_masked" if masked else name, **row} for row in scored]
+    job.observer.phase("evaluating", len(stages), len(stages))
     return rows
-
-
-def _stage_rows(view: MoEView, probes: list[EncodedProbe], stage: str) -> list[dict[str, Any]]:
-    return [{"stage": stage, **row} for row in summarise(probes, score_probes(view.model, probes))]

@@ -44,7 +44,7 @@ def oracle(family: str, rows: list[Encoded]) -> tuple[torch.Tensor, list[list[se
         inputs: dict[int, torch.Tensor] = {}
         handles = [
             layer.router.register_forward_pre_hook(
-                lambda _, args, i=i: inputs.__setitem__(i, args[0].reshape(-1, 32))
+                lambda _, args, i=i, inputs=inputs: inputs.__setitem__(i, args[0].reshape(-1, 32))
             )
             for i, layer in enumerate(view.layers)
         ]
