@@ -31,7 +31,7 @@ from store import leases, migrate
 from store.artefacts import Artefacts
 from store.database import Database
 from store.fenced import AttributionResult, FencedJob, Measurement, Selected
-from store.ids import new_id
+from store.ids import new_id, random_base32
 from store.keys import Keys
 from tests.services import wait_until
 
@@ -93,9 +93,11 @@ def _serve_on(
         url = f"sqlite:///{path}"
     else:
         server = request.getfixturevalue("postgres_server")
+        # pytest makes a session fixture again each time its parameter changes, on the same server.
+        name = f"served_{random_base32(6)}"
         with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-            connection.execute("CREATE DATABASE served")
-        url = f"{server}/served"
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        url = f"{server}/{name}"
         migrate.upgrade(url)
     settings = ApiSettings(
         data_dir=folder, database_url=url, secret=SECRET.decode(), max_upload_bytes=2 << 20
