@@ -46,7 +46,7 @@ class Settings(BaseSettings):
         description="Seconds between asking an engine to stop and killing it (one step and one checkpoint).",
     )
     engine_entry: str = Field(
-        "seuf_core.pipeline:unlearn",
+        "seuf_core:unlearn",
         pattern=r"^[\w.]+:\w+$",
         description="What the engine process calls, module:function with the signature of seuf_core.unlearn.",
     )

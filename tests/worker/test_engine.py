@@ -21,7 +21,7 @@ from tests.services import wait_until
 from tests.worker.conftest import House
 
 Make = Callable[..., House]
-REAL = "seuf_core.pipeline:unlearn"
+REAL = "seuf_core:unlearn"
 METHOD: dict[str, Any] = {
     "learning_rate": 1e-3,
     "steps": 120,
