@@ -16,23 +16,32 @@ from tests.shell import stop, workers_of, write_sets
 SUBMIT = ("submit", "--model", "tiny", "--forget", "forget.jsonl", "--retain", "retain.jsonl")
 
 
-def test_the_key_is_shown_once_and_survives_a_restart(shell):
-    keys = []
-    for _ in range(2):
-        process = shell.start("--no-worker", "--json")
-        ready = json.loads(process.stdout.readline())
-        saved = json.loads((shell.home / "config" / "seuf" / "config.json").read_text())
-        keys.append((ready["key"], saved["key"]))
-        headers = {"Authorization": f"Bearer {saved['key']}"}
-        assert httpx.get(f"{ready['url']}/jobs", headers=headers).status_code == 200
-        assert httpx.get(ready["docs"]).status_code == 200
-        stop(process)
-        assert process.returncode == 0
-    (first_shown, first), (second_shown, second) = keys
-    assert first_shown == first == second
-    assert second_shown is None
+def test_the_key_is_shown_once_and_no_worker_outlives_a_killed_service(shell):
+    first = shell.start("--no-worker", "--json")
+    shown = json.loads(first.stdout.readline())
+    _check_that_it_answers(shell, shown)
+    stop(first)
+    assert first.returncode == 0
+    second = shell.start("--json")
+    again = json.loads(second.stdout.readline())
+    assert _check_that_it_answers(shell, again) == shown["key"]
+    assert again["key"] is None
+    (worker,) = wait_for(lambda: workers_of(second.pid))
+    second.kill()
+    second.communicate()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
     for name in ("key", "secret"):
         assert stat.S_IMODE((shell.home / "data" / name).stat().st_mode) == 0o600
+
+
+def _check_that_it_answers(shell, ready):
+    """The saved key opens the announced address; returns the key."""
+    saved = json.loads((shell.home / "config" / "seuf" / "config.json").read_text())
+    assert saved["url"] == ready["url"]
+    headers = {"Authorization": f"Bearer {saved['key']}"}
+    assert httpx.get(f"{ready['url']}/jobs", headers=headers).status_code == 200
+    assert httpx.get(ready["docs"]).status_code == 200
+    return saved["key"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "example.org"])
@@ -56,12 +65,14 @@ def test_a_cluster_setting_is_not_ignored(shell):
     assert "docker compose" in done.stderr
 
 
-def test_from_submit_to_a_model_that_opens(shell, tiny_model):
+def test_from_submit_to_a_model_that_opens_though_the_first_worker_falls(shell, tiny_model):
     write_sets(shell.home)
     (shell.home / "tiny").symlink_to(tiny_model)
     service = shell.start("--json")
     json.loads(service.stdout.readline())
-    (worker,) = wait_for(lambda: workers_of(service.pid))
+    (fallen,) = wait_for(lambda: workers_of(service.pid))
+    os.kill(fallen, 9)
+    (worker,) = wait_for(lambda: [pid for pid in workers_of(service.pid) if pid != fallen])
     done = shell.run(*SUBMIT, "--steps", 2, "--set", "evaluate_every=1", "--metadata", "ticket=7", "--watch")
     assert done.returncode == 0, done.stderr
     for word in ("queued", "attributing", "unlearning", "publishing", "succeeded", "selected: layer"):
@@ -84,20 +95,11 @@ def test_from_submit_to_a_model_that_opens(shell, tiny_model):
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1].startswith("error: ")
     assert "exists already" in again.stderr
-    assert "Stopping" in stop(service)
+    said = stop(service)
+    assert "starting it again" in said
+    assert "Stopping" in said
     assert service.returncode == 0
     assert not Path(f"/proc/{worker}").exists()
-
-
-def test_a_fallen_worker_is_started_again_and_none_outlives_a_killed_service(shell):
-    service = shell.start("--json")
-    json.loads(service.stdout.readline())
-    (first,) = wait_for(lambda: workers_of(service.pid))
-    os.kill(first, 9)
-    (second,) = wait_for(lambda: [pid for pid in workers_of(service.pid) if pid != first])
-    service.kill()
-    assert "starting it again" in service.communicate()[1]
-    wait_for(lambda: not Path(f"/proc/{second}").exists())
 
 
 def wait_for(look, seconds=30):
