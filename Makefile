@@ -63,6 +63,9 @@ contract: setup ## Check which package may import which (import-linter)
 
 check: lint types contract test ## All that CI checks
 
+docs: setup ## Write the pages that are made from the code
+	$(BIN)/python scripts/method_reference.py
+
 lock: ## Make requirements.lock again from pyproject.toml, in a new environment
 	PYTHON=$(PYTHON) scripts/lock
 
@@ -72,4 +75,4 @@ hooks: setup ## Run the checks of .pre-commit-config.yaml before every commit
 clean: ## Remove .venv, caches and build/
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help setup services test test-all demo serve benchmark lint format types contract check lock hooks clean
+.PHONY: help setup services test test-all demo serve benchmark lint format types contract check docs lock hooks clean
