@@ -186,7 +186,6 @@ class RecordReader:
             return
         if len(self._pending) + len(part) > self.limits.max_line_bytes:
             self._overlong = True
-            self._pending.clear()
         else:
             self._pending += part
 

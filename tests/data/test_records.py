@@ -177,6 +177,18 @@ def test_an_overlong_line_is_refused_without_being_held():
     assert (summary.examples, summary.lines) == (1, 2)
 
 
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_an_overlong_last_line_is_refused_with_or_without_its_newline(end):
+    good = _line(completion="a")
+    summary, _ = _read(good + b"x" * 101 + end, limits=Limits(max_line_bytes=100), cuts=(len(good),))
+    assert [(e.line, e.code) for e in summary.errors] == [(2, "line_too_long")]
+
+
+def test_brackets_in_a_text_are_not_depth():
+    for text in ("[" * 50, '\\" [' * 50, "{[" * 20 + '"'):
+        assert _read(_line(completion=text))[1][0].completion == text
+
+
 def test_a_line_of_exactly_the_limit_passes():
     line = _line(completion="abc").rstrip()
     assert _read(line, limits=Limits(max_line_bytes=len(line)))[0].ok
