@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 
 import pytest
@@ -53,6 +54,35 @@ def test_models_by_id_and_by_name(database: Database) -> None:
     with database.read() as session:
         assert Models(session).get("olmoe").facts == {"moe_layers": [0, 1]}
         assert [one.id for one in Models(session).list().data] == [other, model.id]
+
+
+def test_a_name_that_looks_like_another_models_id_does_not_hide_it(database: Database) -> None:
+    with database.write() as session:
+        models = Models(session)
+        first = models.create("first", "/p", "d", {})
+        second = models.create(first.id, "/p", "d", {})
+        assert models.get(first.id).id == first.id
+        assert models.get(second.id).id == second.id
+
+
+def test_of_many_registrations_under_one_name_one_wins(database: Database) -> None:
+    barrier, answers = threading.Barrier(6), []
+
+    def register() -> None:
+        barrier.wait()
+        try:
+            with database.write() as session:
+                answers.append(Models(session).create("olmoe", "/p", "d", {}).id)
+        except NameTakenError:
+            answers.append(None)
+
+    threads = [threading.Thread(target=register) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 6
+    assert sum(answer is not None for answer in answers) == 1
 
 
 def test_outbox_keeps_what_nobody_took(database: Database) -> None:
