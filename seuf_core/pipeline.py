@@ -8,6 +8,7 @@ Each arrow is a function below; each value can be shown and tested by itself.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from seuf_core.attribution.selection import (
 from seuf_core.checkpoint.manifest import Manifest
 from seuf_core.checkpoint.writer import write_checkpoint
 from seuf_core.data.batches import Encoded, encode_examples, length_bucketed
-from seuf_core.errors import MethodError
+from seuf_core.errors import Cancelled, MethodError
 from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
 from seuf_core.inputs import Inputs, read_inputs
 from seuf_core.method import Method
@@ -156,13 +157,8 @@ def unlearn(
     changed = trainable.disk_tensors()
     manifest = None
     if out is not None:
-        observer.phase("publishing", 0, 1)
-        extra = {
-            "method": method.model_dump(mode="json"),
-            "selection": [asdict(target) for target in selection],
-        }
-        manifest = write_checkpoint(model, out, changed, created_by=f"seuf {__version__}", extra=extra)
-        observer.phase("publishing", 1, 1)
+        extra = {"method": method.model_dump(mode="json"), "selection": [asdict(target) for target in selection]}
+        manifest = write_checkpoint(model, out, changed, f"seuf {__version__}", extra, _publishing(observer))
     clock.lap("publishing")
     return UnlearnResult(
         attribution=attributed.as_dict() if attributed else None,
@@ -175,6 +171,17 @@ def unlearn(
         manifest=manifest,
         seconds=clock.laps,
     )
+
+
+def _publishing(observer: Observer) -> Callable[[int, int], None]:
+    """Bytes written, to the observer; a cancelled write leaves nothing at its destination."""
+
+    def progress(done: int, total: int) -> None:
+        observer.phase("publishing", done, total)
+        if observer.cancelled():
+            raise Cancelled
+
+    return progress
 
 
 class _Clock:
