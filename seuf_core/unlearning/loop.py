@@ -20,7 +20,7 @@ from seuf_core.unlearning.scopes import Trainable, Values, assign, snapshot
 from seuf_core.unlearning.state import TrainingState, moments_of, restore_moments
 
 # A run whose retain drop passes this many times the bound (and at least this much) does not come back.
-COLLAPSE_FACTOR, COLLAPSE_DROP = 5.0, 0.2
+COLLAPSE_FACTOR, COLLAPSE_DROP = 5.0, 0.15
 
 
 @dataclass(frozen=True)
