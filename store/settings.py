@@ -50,6 +50,11 @@ class Settings(BaseSettings):
         pattern=r"^[\w.]+:\w+$",
         description="What the engine process calls, module:function with the signature of seuf_core.unlearn.",
     )
+    warm_engine: bool = Field(
+        True,
+        description="Keep an engine ready that has loaded the library (half a GB of memory), so that a job starts "
+        "at once; false: load it when a job comes.",
+    )
     max_upload_bytes: int = Field(64 * MIB, gt=0, description="Largest upload, in bytes.")
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import celeryd_init, worker_shutting_down
+from celery.signals import celeryd_init, worker_process_init, worker_shutting_down
 from kombu.exceptions import OperationalError
 
 from store.database import Database
@@ -77,6 +77,13 @@ def run_job(job_id: str) -> None:
     """Run the job if it is still queued."""
     if not _supervisor().run(job_id, _stopping.is_set):
         log.info("%s is not queued any more", job_id)
+    if not _stopping.is_set():
+        _supervisor().prepare()
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _prepare(**_: Any) -> None:
+    _supervisor().prepare()
 
 
 class CeleryBroker:

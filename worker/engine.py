@@ -1,11 +1,11 @@
-"""The engine process: `python -m worker.engine JOB_ID TOKEN`, started by the supervisor for one claimed job.
+"""The engine process: `python -m worker.engine`, started by the supervisor ahead of the job it will run.
 
-Reads the job from the store, calls the method, publishes the checkpoint. Ends with exit code 0 when the
-job's end is written (or the lease is lost), 3 when it was stopped: then the supervisor knows why and writes
-it.
+Loading the library takes seconds, so it is done before there is a job; then one line on standard input, job
+id and lease token, starts it. Reads the job from the store, calls the method, publishes the checkpoint.
+Ends with exit code 0 when the job's end is written (or the lease is lost), 3 when it was stopped: then the
+supervisor knows why and writes it.
 """
 
-import argparse
 import fcntl
 import hashlib
 import importlib
@@ -14,7 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -87,8 +87,7 @@ class Engine:
 
     def _call(self) -> "UnlearnResult":
         inputs = self._inputs()
-        module, name = self.settings.engine_entry.split(":")
-        unlearn = getattr(importlib.import_module(module), name)
+        unlearn = _load(self.settings.engine_entry)
         self._tidy()
         result = unlearn(
             inputs.model,
@@ -222,16 +221,22 @@ def _is_out_of_memory(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def _load(entry: str) -> Callable[..., Any]:
+    module, name = entry.split(":")
+    return cast("Callable[..., Any]", getattr(importlib.import_module(module), name))
+
+
 def main() -> int:
     """Entry of `python -m worker.engine`."""
-    die_with_parent()
+    lines = die_with_parent()
     stop = StopFlag()
-    parser = argparse.ArgumentParser(prog="python -m worker.engine")
-    parser.add_argument("job_id")
-    parser.add_argument("token", type=int)
-    given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    return Engine(Settings(), given.job_id, given.token, stop).run()
+    settings = Settings()
+    with suppress(Exception):  # the job meets the same error, and can tell somebody
+        _load(settings.engine_entry)
+    job_id, token = lines.get().split()
+    log.info("%s starts with lease %s", job_id, token)
+    return Engine(settings, job_id, int(token), stop).run()
 
 
 if __name__ == "__main__":

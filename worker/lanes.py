@@ -34,6 +34,7 @@ def run_database_lane(settings: Settings, wait: Callable[[float], bool]) -> None
     beside.start()
     log.info("database lane %s ready", supervisor.worker_id)
     while not wait(0):
+        supervisor.prepare()
         try:
             took = supervisor.run(None, lambda: wait(0))
         except OperationalError as error:
@@ -41,4 +42,5 @@ def run_database_lane(settings: Settings, wait: Callable[[float], bool]) -> None
             took = False
         if not took:
             wait(IDLE_SECONDS)
+    supervisor.close()
     beside.join()

@@ -3,16 +3,16 @@
 import ctypes
 import os
 import signal
-import stat
 import sys
 import threading
+from queue import SimpleQueue
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Tie this process to the one that started it, twice over.
+def die_with_parent() -> SimpleQueue[str]:
+    """Tie this process to the one that started it, twice over; returns the lines that one sends.
 
     The kernel's parent-death signal works even while Python is stuck in a long call, but only on Linux, and
     it is missed if the parent died before this line. The pipe on standard input closes in every case and on
@@ -20,13 +20,15 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        threading.Thread(target=_die_when_pipe_closes, name="parent-watch", daemon=True).start()
+    lines: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), name="parent", daemon=True).start()
+    return lines
 
 
-def _die_when_pipe_closes() -> None:
-    while os.read(0, 1):
-        pass  # nobody writes; only the end of the pipe matters
+def _listen(lines: SimpleQueue[str]) -> None:
+    with open(0) as pipe:
+        for line in pipe:
+            lines.put(line)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

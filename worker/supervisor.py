@@ -66,6 +66,21 @@ class Supervisor:
         self.database = database
         self.settings = settings
         self.worker_id = worker_id
+        self._ready: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Have an engine ready for the next job, if the settings ask for it.
+
+        One that has fallen is not replaced before there is a job: it would fall again and again.
+        """
+        if self.settings.warm_engine and self._ready is None:
+            self._ready = self._start()
+
+    def close(self) -> None:
+        """End the engine that is ready for a next job."""
+        if self._ready is not None:
+            _clear(self._ready)
+            self._ready = None
 
     def run(self, job_id: str | None, stop: Stop) -> bool:
         """Run the queued job `job_id` (None: the oldest) to its end. False: it was not there to be taken.
@@ -78,20 +93,31 @@ class Supervisor:
         if claim is None:
             return False
         log.info("%s taken with lease %d", claim.job_id, claim.token)
-        engine = _Engine(self._start(claim))
+        engine = _Engine(self._assign(claim))
         try:
             self._watch(engine, claim, stop)
         finally:
-            self._clear(engine)
+            _clear(engine.process)
         if not engine.lease_lost:
             insist(lambda: self._write_end(engine, claim))
         return True
 
-    def _start(self, claim: Claim) -> subprocess.Popen[bytes]:
-        """The engine in a session of its own, holding one end of a pipe that closes when we die."""
+    def _assign(self, claim: Claim) -> subprocess.Popen[bytes]:
+        """An engine that has been told of its job: the one that is ready, or a new one if that has fallen."""
+        if self._ready is not None and _has_ended(self._ready):
+            self.close()
+        process, self._ready = self._ready or self._start(), None
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it has just ended: seen as a crash, like any moment later
+            process.stdin.write(f"{claim.job_id} {claim.token}\n".encode())
+            process.stdin.flush()
+        return process
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """An engine in a session of its own, holding one end of a pipe that closes when we die."""
         inherited = {name: value for name, value in os.environ.items() if name != "SEUF_SECRET"}
-        return subprocess.Popen(  # noqa: S603  (our own module, with an id from our own database)
-            [sys.executable, "-m", "worker.engine", claim.job_id, str(claim.token)],
+        return subprocess.Popen(
+            [sys.executable, "-m", "worker.engine"],
             stdin=subprocess.PIPE,
             start_new_session=True,
             env={**inherited, **self.settings.environment(), **ENGINE_ENVIRONMENT},
@@ -137,16 +163,6 @@ class Supervisor:
     def _kill(self, engine: _Engine) -> None:
         os.killpg(engine.process.pid, signal.SIGKILL)
 
-    def _clear(self, engine: _Engine) -> None:
-        """End whatever the engine left in its process group, then the engine itself, so that its id is not
-        reused.
-        """
-        with suppress(ProcessLookupError):
-            os.killpg(engine.process.pid, signal.SIGKILL)
-        if engine.process.stdin is not None:
-            engine.process.stdin.close()
-        engine.process.wait()
-
     def _write_end(self, engine: _Engine, claim: Claim) -> None:
         """The job's end, unless the engine has written it."""
         job = FencedJob(self.database, claim.job_id, claim.token)
@@ -166,6 +182,18 @@ class Supervisor:
     def _cancel_requested(self, claim: Claim) -> bool:
         with self.database.write() as session:
             return leases.heartbeat(session, claim, self.settings.lease_seconds).cancel_requested
+
+
+def _clear(process: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of the engine's process group, then reap the engine itself, in that order: its
+    id, and so the group's, is not free for others before.
+    """
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+    process.wait()
 
 
 def _has_ended(process: subprocess.Popen[bytes], within: float = 0) -> bool:

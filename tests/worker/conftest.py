@@ -107,6 +107,12 @@ class House:
         return House(self.database, Settings.model_validate(values), self.processes)
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that `pid` has started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in listed.stdout.split()]
+
+
 def is_alive(pid: int) -> bool:
     """Does the process exist (and is not a zombie)?"""
     try:
@@ -133,6 +139,7 @@ def make_house(
             "lease_seconds": 6,
             "heartbeat_seconds": 0.2,
             "cancel_grace_seconds": 20,
+            "warm_engine": False,
             "engine_entry": entry if ":" in entry else f"tests.worker.entries:{entry}",
             **settings,
         }

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from store.database import Database
 from store.jobs import Jobs
 from store.outbox import Outbox
 from tests.services import wait_until
-from tests.worker.conftest import House, is_alive
+from tests.worker.conftest import House, children_of, is_alive
 
 Make = Callable[..., House]
 SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -65,6 +66,59 @@ def test_when_the_worker_is_killed_its_engine_dies_and_its_job_is_run_again(make
         "running",
         "succeeded",
     ]
+
+
+def ready_engine(worker: subprocess.Popen[bytes], but: int | None = None) -> int:
+    """The one process that the worker has started (another one than `but`)."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [pid for pid in children_of(worker.pid) if pid != but and is_alive(pid)]
+        return len(found) == 1
+
+    wait_until(look, 30, "an engine to be ready")
+    return found[0]
+
+
+@SQLITE
+def test_an_engine_is_ready_before_its_job(make_house: Make) -> None:
+    house = make_house("runs_until_stopped", warm_engine=True)
+    worker = house.start("worker", "--lane", "database")
+    first = ready_engine(worker)
+    job_id = house.submit()
+    assert house.wait_for_pid(job_id)["pid"] == first
+    assert children_of(worker.pid) == [first]  # memory for one engine at a time
+    house.cancel(job_id)
+    house.wait_for(job_id, "cancelled")
+    second = ready_engine(worker, but=first)
+    os.kill(second, signal.SIGKILL)
+    job_id = house.submit()
+    assert house.wait_for_pid(job_id)["pid"] not in (first, second)
+    house.cancel(job_id)
+    house.wait_for(job_id, "cancelled")
+    third = ready_engine(worker)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 0
+    assert not is_alive(third)
+
+
+@POSTGRES
+def test_a_celery_worker_has_an_engine_ready_and_takes_it_along(make_house: Make, redis_url: str) -> None:
+    house = make_house("runs_until_stopped", broker_url=redis_url, warm_engine=True)
+    start_celery(house)
+    worker = house.processes[-1]
+    child = ready_engine(worker)
+    wait_until(lambda: len(children_of(child)) == 1, 30, "an engine to be ready")
+    (ready,) = children_of(child)
+    job_id = house.submit()
+    assert house.wait_for_pid(job_id)["pid"] == ready
+    house.cancel(job_id)
+    house.wait_for(job_id, "cancelled")
+    wait_until(lambda: children_of(child) not in ([], [ready]), 30, "the next engine")
+    (following,) = children_of(child)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(40) == 0
+    wait_until(lambda: not is_alive(following), 5, "the engine to follow its worker")
 
 
 @POSTGRES

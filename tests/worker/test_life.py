@@ -22,7 +22,7 @@ time.sleep(600)
 """
 PARENT = """
 import subprocess, sys, time
-stdin = subprocess.PIPE if sys.argv[1] == "pipe" else subprocess.DEVNULL
+stdin = subprocess.PIPE if sys.argv[1] == "pipe" else 0
 subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdin=stdin, start_new_session=True)
 time.sleep(600)
 """
@@ -30,9 +30,11 @@ time.sleep(600)
 
 @pytest.mark.parametrize("tie", ["pipe", "kernel"])
 def test_the_engine_dies_with_its_parent(tie: str) -> None:
-    # Without the pipe only the kernel's signal is left.
+    # "kernel": the child's pipe is ours and stays open, so that only the kernel's signal is left.
     command = [sys.executable, "-c", PARENT, tie, CHILD]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as parent:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert is_alive(pid)
