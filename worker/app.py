@@ -6,11 +6,14 @@ one that never comes is sent again. So acknowledgement is early, and there is no
 
 import logging
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 from celery import Celery
 from celery.signals import celeryd_init, worker_process_init, worker_shutting_down
+from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 
 from store.database import Database
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 
 TASK = "worker.run_job"
 QUEUE = "seuf"
+CONNECT_SECONDS = 1
+"""What the dispatcher waits for a broker: it has leases to look after meanwhile, and asks again."""
 NO_BROKER = "The celery lane needs a broker. Set SEUF_BROKER_URL, or use the database lane."
 
 
@@ -47,7 +52,6 @@ def celery_app(broker_url: str) -> Celery:
         # four seconds, after which Celery kills it and starts over.
         worker_proc_alive_timeout=60,
         broker_connection_retry_on_startup=True,
-        # The dispatcher asks again by itself, and has leases to look after meanwhile.
         task_publish_retry=False,
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
@@ -94,19 +98,22 @@ class CeleryBroker:
 
     def publish(self, job_id: str) -> None:
         """Tell the workers of a job."""
-        try:
-            self.app.send_task(TASK, args=[job_id])
-        except OperationalError as error:
-            raise ConnectionError("The broker is away.") from error
+        with self._connected() as connection:
+            self.app.send_task(TASK, args=[job_id], connection=connection)
 
     def is_empty(self) -> bool:
         """Does no message wait?"""
-        try:
-            with self.app.connection_for_write() as connection:
-                declared = connection.default_channel.queue_declare(queue=QUEUE)
-        except (*connection.connection_errors, OperationalError) as error:
-            raise ConnectionError("The broker is away.") from error
-        return bool(declared.message_count == 0)
+        with self._connected() as connection:
+            channel: Any = connection.default_channel
+            return bool(channel.queue_declare(queue=QUEUE).message_count == 0)
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        with self.app.connection_for_write(connect_timeout=CONNECT_SECONDS) as connection:
+            try:
+                yield connection
+            except (*connection.connection_errors, OperationalError) as error:
+                raise ConnectionError("The broker is away.") from error
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,8 @@ without a broker.
 """
 
 import logging
+import math
+import time
 from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -90,25 +92,22 @@ def loop(database: Database, broker: Broker | None, wait: Wait) -> None:
     again.
     """
     pause = PUBLISH_SECONDS if broker else RELEASE_SECONDS
-    rounds = max(1, round(RELEASE_SECONDS / pause))
-    turn = 0
+    looked_at = -math.inf
     while True:
+        seldom = time.monotonic() - looked_at >= RELEASE_SECONDS
+        if seldom:
+            looked_at = time.monotonic()
         try:
-            _turn(database, broker, seldom=turn % rounds == 0)
+            if seldom:
+                release_expired(database)
+            if broker is not None:
+                if seldom:
+                    resend_lost(database, broker)
+                publish_outbox(database, broker)
         except (SQLAlchemyError, OSError) as error:
             log.warning("%s; again in %.1f s", type(error).__name__, pause)
-        turn += 1
         if wait(pause):
             return
-
-
-def _turn(database: Database, broker: Broker | None, seldom: bool) -> None:
-    if seldom:
-        release_expired(database)
-    if broker is not None:
-        if seldom:
-            resend_lost(database, broker)
-        publish_outbox(database, broker)
 
 
 def main() -> None:
