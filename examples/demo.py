@@ -31,7 +31,7 @@ from rich.table import Table
 from client import Client
 from client.types import Job
 
-console = Console(width=110)
+console = Console(width=118)
 DOMAINS = ("chemistry", "geography", "persons")
 # What each control changes of the default method; everything else, the selection rule too, is the same.
 METHODS: dict[str, dict[str, Any]] = {
@@ -57,6 +57,7 @@ def main() -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     figures, jobs = Figures(), {}
+    transformers_quietly()
     with service(work) as client:
         ids = upload(client, reference)
         for column, method in METHODS.items():
@@ -74,6 +75,13 @@ def main() -> None:
     figures.write(options.folder / "demo.json")
     console.print(f"\nThe checkpoint is an ordinary Hugging Face folder: [bold]{folder}[/]")
     console.print(f"Figures: [bold]{options.folder / 'demo.json'}[/]")
+
+
+def transformers_quietly() -> None:
+    """No bars of transformers' own between ours."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
 
 
 def build_reference(*, twin: bool) -> Any:
@@ -233,8 +241,8 @@ class Figures:
                 }
             if row["name"] in ("choice", "open", "ranked_last") and row["stage"] in stages:
                 self.add(f"{row['name']}/{row['domain']}/{stages[row['stage']]}", row["value"], "share")
-        checkpoint = client.checkpoint(str(job["checkpoint"]))
-        share = checkpoint["parameters_changed"] / checkpoint["parameters_total"]
+        manifest = client.checkpoint(str(job["checkpoint"]))["manifest"]
+        share = manifest["parameters_changed"] / manifest["parameters_total"]
         suffix = "" if column == "unlearned" else f"/{column}"
         self.add(f"parameters_changed_share{suffix}", share, "share")
         if suffix:

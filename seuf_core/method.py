@@ -132,7 +132,7 @@ class Method(BaseModel):
     learning_rate_ladder: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
         None, min_length=1, max_length=8, description="Rates tried by learning_rate = auto; null = by scope."
     )
-    steps: int = Field(120, ge=1, le=100_000, description="Optimiser steps at most.")
+    steps: int = Field(200, ge=1, le=100_000, description="Optimiser steps at most.")
     batch_size: int = Field(
         32, ge=1, le=4096, description="Forget examples a step, and as many retain examples."
     )

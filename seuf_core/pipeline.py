@@ -43,12 +43,10 @@ from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.observer import Observer, Silent
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import TrainingData, build_objective
-from seuf_core.unlearning.rule import Quality, order, quality_of
+from seuf_core.unlearning.rule import FORGOTTEN, Quality, order, quality_of
 from seuf_core.unlearning.scopes import ExpertScope, Trainable, Values, WholeModelScope, assign, snapshot
 from seuf_core.version import __version__
 
-# A forget score (recognised above chance, plus said) of this or less ends the ladder: a weaker rate could win little.
-FORGOTTEN = 0.1
 TOKENS_PER_BATCH = 8192
 
 
@@ -157,7 +155,10 @@ def unlearn(
     changed = trainable.disk_tensors()
     manifest = None
     if out is not None:
-        extra = {"method": method.model_dump(mode="json"), "selection": [asdict(target) for target in selection]}
+        extra = {
+            "method": method.model_dump(mode="json"),
+            "selection": [asdict(target) for target in selection],
+        }
         manifest = write_checkpoint(model, out, changed, f"seuf {__version__}", extra, _publishing(observer))
     clock.lap("publishing")
     return UnlearnResult(

@@ -15,7 +15,7 @@ from seuf_core.errors import Cancelled
 from seuf_core.method import Method
 from seuf_core.observer import Observer
 from seuf_core.unlearning.objectives import Objective, Terms
-from seuf_core.unlearning.rule import Look, Quality, best
+from seuf_core.unlearning.rule import GONE, Look, Quality, best
 from seuf_core.unlearning.scopes import Trainable, Values, assign, snapshot
 from seuf_core.unlearning.state import TrainingState, moments_of, restore_moments
 
@@ -131,7 +131,8 @@ def _look(run: Run, rung: int, state: TrainingState) -> None:
     if is_best:
         state.best_values = snapshot(run.trainable)
     collapsed = _collapsed(look, run.method)
-    state.finished = collapsed or state.step >= run.method.steps
+    gone = is_best and quality.forget_score <= GONE
+    state.finished = collapsed or gone or state.step >= run.method.steps
     shown: dict[str, Any] = {"rung": rung, "best": is_best, "collapsed": collapsed, **look.as_dict()}
     run.observer.event("look", shown)
 

@@ -14,6 +14,11 @@ from typing import Any
 from seuf_core.evaluate.probes import EncodedProbe, ProbeScore
 
 
+# Forget scores (recognised above chance, plus said) at which a run has nothing left to gain, and at which a ladder
+# has: the next, weaker rate could win little.
+GONE, FORGOTTEN = 0.02, 0.1
+
+
 @dataclass(frozen=True)
 class Quality:
     """Selection figures of one model: how it recognises (choice) and says (open) the two sets, in [0, 1].

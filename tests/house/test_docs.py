@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_method_page_is_current() -> None:
-    check = [sys.executable, "scripts/method_reference.py", "--check"]
+@pytest.mark.parametrize("script", ["method_reference", "results_table"])
+def test_pages_made_from_code_and_figures_are_current(script: str) -> None:
+    check = [sys.executable, f"scripts/{script}.py", "--check"]
     done = subprocess.run(check, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == 0, "run: python scripts/method_reference.py"
+    assert done.returncode == 0, f"run: python scripts/{script}.py"

@@ -1,0 +1,54 @@
+"""Write the README's table from docs/results/demo.json, so that it cannot say anything else.
+
+    python scripts/results_table.py          # writes
+    python scripts/results_table.py --check  # exit code 1 when the table is out of date
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FIGURES, README = ROOT / "docs" / "results" / "demo.json", ROOT / "README.md"
+BEGIN, END = "<!-- table: python scripts/results_table.py -->", "<!-- end of table -->"
+COLUMNS = {
+    "base": "base",
+    "unlearned": "**unlearned**",
+    "unlearned_masked": "masked",
+    "random_expert": "random experts",
+    "full_model": "whole model",
+    "twin": "retrained twin",
+}
+ROWS = [(measure, domain) for measure in ("choice", "open") for domain in ("chemistry", "geography", "persons")]
+
+
+def table() -> str:
+    """The Markdown table."""
+    figures = {figure["name"]: figure["value"] for figure in json.loads(FIGURES.read_text())["figures"]}
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for measure, domain in ROWS:
+        name = f"{measure}, {domain}" + (" (to forget)" if domain == "chemistry" else "")
+        cells = [figures.get(f"{measure}/{domain}/{column}") for column in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join("" if v is None else f"{v:.3f}" for v in cells) + " |")
+    for label, name, form in (
+        ("parameters changed", "parameters_changed_share", "{:.1%}"),
+        ("seconds of the job", "seconds_job", "{:.0f}"),
+    ):
+        values = {"unlearned": figures[name]} | {c: figures.get(f"{name}/{c}") for c in ("random_expert", "full_model")}
+        cells = ["" if values.get(c) is None else form.format(values[c]) for c in COLUMNS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The README with the table of today."""
+    before, rest = README.read_text().split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(README.read_text() != page())
+    README.write_text(page())
