@@ -28,6 +28,7 @@ class Shell:
             "XDG_CONFIG_HOME": str(self.home / "config"),
             "HOME": str(self.home),
             "COLUMNS": "160",
+            "PYTHONPATH": str(Path.cwd()),  # this checkout, whatever is installed
         }
 
     def run(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

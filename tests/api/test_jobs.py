@@ -163,6 +163,9 @@ def test_too_many_inline_examples_are_sent_to_upload(tenant, tiny_model):
     huge = [{"text": "x" * 1000}] * 4000
     answer = tenant.http.post("/jobs", json=job_body(tenant, forget_set={"examples": huge}))
     assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+    pieces = (b"x" * 100_000 for _ in range(40))  # no Content-Length: counted as it comes
+    answer = tenant.http.post("/jobs", content=pieces, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
 
 
 def test_a_method_without_need_of_a_retain_set_runs_without_one(tenant, tiny_model):
