@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.serving import lines_of
@@ -18,6 +18,7 @@ class Shell:
     """Runs `seuf` with a home folder of its own."""
 
     home: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -50,24 +51,25 @@ class Shell:
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
         """`seuf up`, in the background."""
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "cli.main",
-                "up",
-                "--data-dir",
-                "data",
-                "--port",
-                "0",
-                *map(str, arguments),
-            ],
+        command = ["up", "--data-dir", "data", "--port", "0", *map(str, arguments)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.home,
             env=self.environment,
         )
+        self.started.append(process)
+        return process
+
+    def clean_up(self) -> None:
+        """End what a failed test left running, workers with it."""
+        for process in self.started:
+            workers = workers_of(process.pid) if process.poll() is None else []
+            process.kill()
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
 
 
 def stop(process: subprocess.Popen[str]) -> str:

@@ -15,9 +15,11 @@ __all__ = ["tiny_model"]
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Shell:
+def shell(tmp_path: Path) -> Iterator[Shell]:
     """A home without a service."""
-    return Shell(tmp_path)
+    shell = Shell(tmp_path)
+    yield shell
+    shell.clean_up()
 
 
 @pytest.fixture(scope="session")
