@@ -45,7 +45,7 @@ serve: setup ## Start the whole service on this machine, on loopback (seuf up)
 
 benchmark: setup ## Run one benchmark: NAME=x runs benchmarks/x.py
 	@test -f "benchmarks/$(NAME).py" || { echo "make benchmark NAME=x, where x is one of:" \
-	  $$(find benchmarks -name '[a-z]*.py' -printf '%f ' | sed 's/\.py//g'); exit 2; }
+	  $$(find benchmarks -name '[a-z]*.py' -printf '%f ' 2>/dev/null | sed 's/\.py//g'); exit 2; }
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 lint: setup ## Check style (ruff), and that no tracked file names a machine path or a registry

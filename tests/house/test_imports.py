@@ -15,6 +15,7 @@ PACKAGES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
 ]
 # The modules of the library that the API may use: none of them loads torch.
 EDGE = {
+    "seuf_core.version",
     "seuf_core.errors",
     "seuf_core.method",
     "seuf_core.families",
