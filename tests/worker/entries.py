@@ -255,3 +255,45 @@ def loses_its_lease(
     with Database(Settings().database_url).write() as session:
         session.execute(update(Job).values(lease_token=Job.lease_token + 1, lease_worker="worker-2"))
     return result
+
+
+PAUSE_STEP = 25
+
+
+class PausesOnce:
+    """Passes everything on; the first attempt on a work folder sleeps after step PAUSE_STEP, to be killed."""
+
+    def __init__(self, observer: Observer, mark: Path) -> None:
+        self.observer, self.mark = observer, mark
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self.observer.phase(name, done, total)
+
+    def event(self, type: str, data: dict[str, Any]) -> None:  # noqa: A002
+        self.observer.event(type, data)
+        if type == "step" and data["step"] == PAUSE_STEP and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(600)
+
+    def cancelled(self) -> bool:
+        return self.observer.cancelled()
+
+
+def unlearns_with_a_pause(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+) -> Any:
+    """The real method."""
+    from seuf_core import unlearn  # loads torch, which the other functions do without
+
+    pausing = PausesOnce(observer, work.parent / "paused")
+    return unlearn(
+        model, forget, out, retain=retain, evaluation=evaluation, method=method, work=work, observer=pausing
+    )
