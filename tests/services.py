@@ -118,9 +118,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
         yield f"sqlite:///{path}"
         return
-    url = request.getfixturevalue("postgres_migrated")
-    yield url
-    _empty(url)
+    yield request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+def postgres_url(postgres_migrated: str) -> Iterator[str]:
+    """Address of the migrated Postgres database, empty again after the test."""
+    yield postgres_migrated
+    _empty(postgres_migrated)
 
 
 @pytest.fixture
