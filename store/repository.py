@@ -83,7 +83,7 @@ def _decode(cursor: str) -> tuple[datetime, str]:
     try:
         at, id_ = base64.urlsafe_b64decode(cursor.encode()).decode().split("|")
         created_at = datetime.fromisoformat(at)
-        if created_at.tzinfo is None:
+        if created_at.tzinfo is None or not id_.replace("_", "").isalnum():
             raise ValueError(at)
     except (ValueError, binascii.Error) as error:
         raise InvalidCursorError(

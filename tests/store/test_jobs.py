@@ -87,7 +87,7 @@ def test_list_filters(database: Database) -> None:
     assert ids(metadata={"team": "a"}, status=Status.RUNNING) == []
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "eA==", "MjAyNi0wMS0wMXxqb2I=", "ü"])
+@pytest.mark.parametrize("cursor", ["", "x", "eA==", "MjAyNi0wMS0wMXxqb2I=", "ü", "MjAyNi0wMS0wMVQwMDowMDowMCswMDowMHxqb2JfAHg="])
 def test_a_foreign_cursor_is_refused(database: Database, cursor: str) -> None:
     with database.read() as session, pytest.raises(InvalidCursorError, match="cursor"):
         Jobs(session).list(cursor)
