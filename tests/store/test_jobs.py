@@ -1,6 +1,6 @@
 """Jobs: create, look, list, cancel."""
 
-from __future__ import annotations
+from __future__ import base64
 
 from datetime import UTC, datetime
 from typing import Any
@@ -87,7 +87,10 @@ def test_list_filters(database: Database) -> None:
     assert ids(metadata={"team": "a"}, status=Status.RUNNING) == []
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "eA==", "MjAyNi0wMS0wMXxqb2I=", "ü", "MjAyNi0wMS0wMVQwMDowMDowMCswMDowMHxqb2JfAHg="])
+WITH_NUL = base64.urlsafe_b64encode(b"2026-01-01T00:00:00+00:00|job_\0x").decode()
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "eA==", "MjAyNi0wMS0wMXxqb2I=", "ü", WITH_NUL])
 def test_a_foreign_cursor_is_refused(database: Database, cursor: str) -> None:
     with database.read() as session, pytest.raises(InvalidCursorError, match="cursor"):
         Jobs(session).list(cursor)
