@@ -103,16 +103,31 @@ class Stability:
     """How well two disjoint halves of the data agree on the experts (the paper found .87 between two subsets)."""
 
     jaccard_top_k: float  # mean over layers of |A & B| / |A | B| of the top-K experts of the halves
-    rank_correlation: float  # mean over layers of Spearman's rho
+    rank_correlation: float  # mean over layers of Spearman's rho, ties sharing their mean rank
 
 
 def stability(statistics: RoutingStatistics, num_experts_per_tok: int) -> Stability:
-    """Compare the two halves of the statistics layer by layer."""
+    """Compare the two halves of the statistics layer by layer; both 0 when one sequence leaves no second half."""
+    if int(statistics.counts.min()) == 0:
+        return Stability(0.0, 0.0)
     first, second = statistics.half_affinities
     jaccards, correlations = [], []
     for a, b in zip(first, second, strict=True):
         top_a, top_b = (set(x.topk(num_experts_per_tok).indices.tolist()) for x in (a, b))
         jaccards.append(len(top_a & top_b) / len(top_a | top_b))
-        ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-        correlations.append(float(torch.corrcoef(ranks)[0, 1]))
+        correlations.append(_spearman(a, b))
     return Stability(sum(jaccards) / len(jaccards), sum(correlations) / len(correlations))
+
+
+def _spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation of two [E] vectors; 0 when one of them is constant, as no order can be shared then."""
+    ranks = torch.stack([_mean_ranks(a), _mean_ranks(b)])
+    if bool((ranks == ranks[:, :1]).all(dim=1).any()):
+        return 0.0
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _mean_ranks(x: torch.Tensor) -> torch.Tensor:
+    # Experts that no token chose all tie at 0: ranked by their index they would look like agreement.
+    below, same = x[None, :] < x[:, None], x[None, :] == x[:, None]
+    return below.double().sum(dim=1) + (same.double().sum(dim=1) - 1) / 2

@@ -129,6 +129,33 @@ def test_stability_is_one_for_equal_halves_and_falls_when_they_disagree() -> Non
     assert (against.jaccard_top_k, against.rank_correlation) == (0.0, pytest.approx(-1.0))
 
 
+def test_experts_that_no_token_chose_do_not_agree() -> None:
+    """Halves (.3, 0, 0, 0) and (0, 0, 0, .3): mean ranks (3, 1, 1, 1) and (1, 1, 1, 3), so rho = -1/3.
+
+    Ranked by their index, the tied experts would make it positive or negative as the sort pleases.
+    """
+    sums = torch.tensor([[[0.3, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.3]]])
+    assert stability(statistics_of([[[0, 1]]], sums), 1).rank_correlation == pytest.approx(-1 / 3)
+
+
+def test_stability_of_constant_halves_and_of_one_sequence_is_a_number() -> None:
+    constant = torch.full((2, 1, 4), 0.25)
+    assert stability(statistics_of([[[0, 1]]], constant), 2).rank_correlation == 0.0
+    view = moe_view(tiny.build_model("olmoe"))
+    one = stability(routing_statistics(view, [collate(sequences()[:1])]), 2)
+    assert (one.jaccard_top_k, one.rank_correlation) == (0.0, 0.0)
+
+
+def test_halves_are_the_even_and_the_odd_sequences() -> None:
+    view = moe_view(tiny.build_model("qwen2_moe"))
+    rows = sequences()
+    whole = routing_statistics(view, [collate(rows[:3]), collate(rows[3:])])  # a batch of odd size in between
+    assert whole.counts.tolist() == [3, 3]
+    for half, start in zip(whole.half_affinities, (0, 1), strict=True):
+        alone = routing_statistics(view, [collate(rows[start::2])]).affinity
+        torch.testing.assert_close(half, alone, rtol=1e-5, atol=1e-7)
+
+
 SCORES = torch.tensor([[0.1, 0.9, 0.2, 0.0], [0.8, 0.3, 0.7, 0.0]])
 
 
