@@ -170,6 +170,11 @@ class Method(BaseModel):
             raise ValueError(
                 f"retain_loss hidden_mse belongs to rmu and adaptive_rmu, not to {self.objective}; use cross_entropy"
             )
+        if self.retain_loss == "cross_entropy" and hidden:
+            raise ValueError(
+                f"retain_loss cross_entropy does not go with {self.objective}, which runs no output head; "
+                "use hidden_mse or none"
+            )
         if self.scope == "full" and hidden:
             raise ValueError(f"scope full has no target layer, which {self.objective} needs; use npo")
         return self
@@ -177,7 +182,7 @@ class Method(BaseModel):
     @property
     def needs_retain(self) -> bool:
         """Whether the job cannot run without a retain set."""
-        return self.retain_loss != "none" or self.attribution == "contrast"
+        return self.retain_loss != "none" or (self.attribution == "contrast" and self.scope != "full")
 
     @property
     def ladder(self) -> tuple[float, ...]:
