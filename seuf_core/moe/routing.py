@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from seuf_core.errors import MethodError
 from seuf_core.moe.view import MoELayer, MoEView
 
 _RouterHook = Callable[[nn.Module, object, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], None]
@@ -65,13 +66,29 @@ def capture_routing(view: MoEView, layers: tuple[int, ...] | None = None) -> Ite
             handle.remove()
 
 
+def can_mask(view: MoEView, masked: Mapping[int, tuple[int, ...]]) -> bool:
+    """Whether every layer keeps enough experts to fill its top-K; below that the router must pick forbidden ones."""
+    return all(view.num_experts - len(experts) >= view.num_experts_per_tok for experts in masked.values())
+
+
 @contextmanager
 def experts_masked(view: MoEView, masked: Mapping[int, tuple[int, ...]]) -> Iterator[None]:
     """Route every token away from the given experts (decoder layer index -> experts), for evaluation.
 
     The router sees one more input dimension that is always 1, whose weight is a large negative number for a
     forbidden expert and 0 for the others. So top-K, renormalisation and groups stay the family's own code.
+    With group_limited_greedy (DeepSeek-V2) a group may keep fewer than K: then a forbidden expert can fill a place,
+    with gate 0.
+
+    Raises:
+        MethodError: `too_many_masked`, see `can_mask`.
     """
+    if not can_mask(view, masked):
+        raise MethodError(
+            "too_many_masked",
+            f"Masking leaves a layer fewer than its {view.num_experts_per_tok} experts per token.",
+            "Mask fewer experts of one layer.",
+        )
     restore = [_forbid(view.layer(index), experts) for index, experts in masked.items()]
     try:
         yield

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from seuf_core.data.batches import Batch
-from seuf_core.errors import ModelError
-from seuf_core.moe.routing import capture_routing, experts_masked
+from seuf_core.errors import MethodError, ModelError
+from seuf_core.moe.routing import can_mask, capture_routing, experts_masked
 from seuf_core.moe.view import moe_view
 from tests import tiny
 
@@ -84,6 +84,53 @@ def test_masked_experts_are_never_chosen_and_the_model_is_restored(family: str) 
     assert not torch.isin(chosen, torch.tensor(forbidden)).any()
     assert (scores[:, list(forbidden)] == 0).all()
     assert not torch.equal(masked, before)
+    assert torch.equal(run(model, batch), before)
+
+
+GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+
+
+def test_grouped_routing_masks_by_weight_where_a_group_has_too_few_left() -> None:
+    """DeepSeek-V2, 4 groups of 2 experts, top 4 of the best 2 groups: a forbidden place is filled with gate 0."""
+    model = tiny.build_model("deepseek_v2", **GROUPS)
+    view, batch = moe_view(model), random_batch()
+    before = run(model, batch)
+    layer = view.layers[0].index
+    with experts_masked(view, {layer: (0, 5)}):
+        with capture_routing(view) as routing:
+            masked = run(model, batch)
+        gates = routing.gates(layer)
+        assert (gates[:, [0, 5]] == 0).all()
+        with torch.no_grad():  # what the masked experts hold does not matter
+            view.layer(layer).experts.down_proj[[0, 5]] *= -7
+        assert torch.equal(run(model, batch), masked)
+        with torch.no_grad():
+            view.layer(layer).experts.down_proj[[0, 5]] /= -7
+    torch.testing.assert_close(run(model, batch), before)
+    assert not torch.equal(masked, before)
+
+
+def test_a_layer_must_keep_enough_experts() -> None:
+    """With 2 of 8 left top-2 still holds; with fewer the penalty would cancel and the mask do nothing."""
+    model = tiny.build_model("olmoe")
+    view, batch = moe_view(model), random_batch()
+    with experts_masked(view, {1: tuple(range(6))}), capture_routing(view) as routing:
+        run(model, batch)
+        assert set(routing.indices[1].flatten().tolist()) == {6, 7}
+    assert can_mask(view, {1: tuple(range(6))})
+    assert not can_mask(view, {0: (1,), 1: tuple(range(7))})
+    with pytest.raises(MethodError) as caught, experts_masked(view, {1: tuple(range(7))}):
+        pass
+    assert caught.value.code == "too_many_masked"
+
+
+def test_masking_a_bf16_model_restores_it_bit_for_bit() -> None:
+    model = tiny.build_model("qwen2_moe").bfloat16()
+    view, batch = moe_view(model), random_batch()
+    before = run(model, batch)
+    with experts_masked(view, {1: (0, 3)}), capture_routing(view) as routing:
+        run(model, batch)
+        assert not torch.isin(routing.indices[1], torch.tensor([0, 3])).any()
     assert torch.equal(run(model, batch), before)
 
 
