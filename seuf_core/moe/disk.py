@@ -5,7 +5,7 @@ transformers 5 fuses the experts of a layer while loading; on disk every expert 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 
@@ -30,12 +30,27 @@ def router_tensors(view: MoEView, layers: Iterable[int]) -> dict[str, torch.Tens
     return {view.family.router_name(layer): view.layer(layer).router.weight.data for layer in layers}
 
 
-def all_tensors(view: MoEView) -> dict[str, torch.Tensor]:
-    """Every parameter of the model under its disk name; tied parameters once."""
+def all_tensors(view: MoEView, on_disk: Container[str] | None = None) -> dict[str, torch.Tensor]:
+    """Every parameter of the model under its disk name.
+
+    Args:
+        on_disk: the names in the files. A tied parameter (an output embedding that is the input embedding) is
+            under each of its names that is there: transformers unties two tensors that differ. Without it,
+            under its first name only.
+    """
     tensors = router_tensors(view, view.layer_indices)
     inside = {id(layer.router.weight) for layer in view.layers}
     for layer in view.layers:
         tensors |= expert_tensors(view, layer.index, range(view.num_experts))
         inside |= {id(parameter) for parameter in layer.experts.parameters()}
-    others = {name: p.data for name, p in view.model.named_parameters() if id(p) not in inside}
+    names: dict[int, list[str]] = {}
+    others: dict[str, torch.Tensor] = {}
+    for name, parameter in view.model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in inside:
+            names.setdefault(id(parameter), []).append(name)
+            others[name] = parameter.data
+    for aliases in names.values():
+        kept = [name for name in aliases if on_disk is not None and name in on_disk] or aliases[:1]
+        for name in set(aliases) - set(kept):
+            del others[name]
     return others | tensors

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -60,10 +61,13 @@ class ExpertScope:
 
 
 class WholeModelScope:
-    """Scope `full`: every parameter of the model itself, with gradients and moments for all of them."""
+    """Scope `full`: every parameter of the model itself, with gradients and moments for all of them.
 
-    def __init__(self, view: MoEView) -> None:
-        self._view = view
+    `on_disk`: the tensor names of the base's files, which decide under which names a tied parameter is written.
+    """
+
+    def __init__(self, view: MoEView, on_disk: Container[str] | None = None) -> None:
+        self._view, self._on_disk = view, on_disk
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self._view.model.named_parameters())
@@ -80,12 +84,21 @@ class WholeModelScope:
         """Nothing to do: the optimiser moved the model's own parameters."""
 
     def disk_tensors(self) -> dict[str, torch.Tensor]:
-        return all_tensors(self._view)
+        return all_tensors(self._view, self._on_disk)
 
 
 def snapshot(trainable: Trainable) -> Values:
     """A copy of every parameter's present value."""
     return {name: leaf.detach().clone() for name, leaf in trainable.named_parameters().items()}
+
+
+def digest(values: Values) -> str:
+    """sha256 over names and bytes of a snapshot, in hex: tells two starting points apart."""
+    found = hashlib.sha256()
+    for name, tensor in values.items():
+        found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @torch.no_grad()

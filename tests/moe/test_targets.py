@@ -107,6 +107,31 @@ def test_a_bf16_model_is_trained_through_fp32_masters() -> None:
     assert model.model.layers[1].mlp.gate.weight.dtype == torch.bfloat16
 
 
+def test_a_bf16_base_survives_the_fp32_masters_bit_for_bit() -> None:
+    """What `measure` does: other values merged, then those of the beginning."""
+    model = tiny.build_model("qwen2_moe").bfloat16()
+    view = moe_view(model)
+    base = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    scope = ExpertScope(view, {1: (0, 5), 2: (3,)}, train_router=True)
+    initial = snapshot(scope)
+    assign(scope, {name: value * 1.7 + 0.01 for name, value in initial.items()})
+    scope.merge()
+    assert any(not torch.equal(p, base[name]) for name, p in model.named_parameters())
+    assign(scope, initial)
+    scope.merge()
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
+
+
+def test_a_tied_embedding_is_written_under_every_name_it_has_on_disk() -> None:
+    """Transformers ties what the files hold once, and unties what they hold twice with different values."""
+    view = moe_view(tiny.build_model("qwen2_moe", tie_word_embeddings=True))
+    first, second = "model.embed_tokens.weight", "lm_head.weight"
+    rest = set(all_tensors(view)) - {first}
+    assert second not in rest
+    for names in ({first}, {second}, {first, second}):
+        assert set(WholeModelScope(view, rest | names).disk_tensors()) == rest | names
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_assigning_a_snapshot_restores_every_value(whole: bool) -> None:
     view = moe_view(tiny.build_model("olmoe"))
