@@ -58,32 +58,52 @@ def read_inputs(
     shares = (method.splits.train, method.splits.selection, method.splits.test)
     forget_parts = split_records(read_examples(forget), method.seed, shares)
     retain_parts = split_records(read_examples(retain), method.seed, shares) if retain else None
-    if evaluation is not None:
-        probes = split_records(_usable_probes(read_probes(evaluation)), method.seed, shares)
-        selection_probes, test_probes, shared = probes.selection, probes.test, probes.shared
-    else:
-        pairs: list[tuple[Literal["forget", "retain"], Parts[Example] | None]]
-        pairs = [("forget", forget_parts), ("retain", retain_parts)]
-        selection_probes = [probe_of(e, name) for name, parts in pairs if parts for e in parts.selection]
-        test_probes = [probe_of(e, name) for name, parts in pairs if parts for e in parts.test]
-        shared = False
-    if shared or forget_parts.shared or (retain_parts is not None and retain_parts.shared):
-        observer.event(
-            "warning",
-            {
-                "code": "too_few_facts_to_split",
-                "message": "A set is too small to hold facts back: its figures are "
-                "measured on facts the training saw.",
-            },
-        )
-    chosen = [
-        probe
-        for name in ("forget", "retain")
-        for probe in sample([p for p in selection_probes if p.set == name], SELECTION_PROBES, method.seed)
+    given = _usable_probes(read_probes(evaluation)) if evaluation else []
+    sides = [
+        _probes("forget", given, forget_parts, method.seed, shares),
+        _probes("retain", given, retain_parts, method.seed, shares),
     ]
+    if any(parts.shared for parts in (forget_parts, retain_parts, *sides) if parts is not None):
+        _warn(
+            observer,
+            "too_few_facts_to_split",
+            "A set is too small to hold facts back: its figures are measured on facts the training saw.",
+        )
+    if not sides[1].selection:
+        _warn(
+            observer,
+            "no_retain_probes",
+            "Nothing measures what should be kept, so max_retain_drop bounds nothing: give a retain set.",
+        )
+    chosen = [probe for side in sides for probe in sample(side.selection, SELECTION_PROBES, method.seed)]
+    test = [probe for side in sides for probe in side.test]
     observer.phase("validating", 1, 1)
     fingerprint = _fingerprint(facts, [forget, retain, evaluation], method)
-    return Inputs(facts, forget_parts, retain_parts, chosen, test_probes, fingerprint)
+    return Inputs(facts, forget_parts, retain_parts, chosen, test, fingerprint)
+
+
+def _probes(
+    name: Literal["forget", "retain"],
+    given: list[Probe],
+    examples: Parts[Example] | None,
+    seed: int,
+    shares: tuple[float, float, float],
+) -> Parts[Probe]:
+    """One side's probes: those given, or else its examples. Each side is split by itself, so that none is empty."""
+    mine = [probe for probe in given if probe.set == name]
+    if mine:
+        return split_records(mine, seed, shares)
+    if examples is None:
+        return Parts([], [], [], shared=False)
+    train, selection, test = (
+        [probe_of(example, name) for example in part]
+        for part in (examples.train, examples.selection, examples.test)
+    )
+    return Parts(train, selection, test, examples.shared)
+
+
+def _warn(observer: Observer, code: str, message: str) -> None:
+    observer.event("warning", {"code": code, "message": message})
 
 
 def _usable_probes(probes: list[Probe]) -> list[Probe]:
