@@ -7,6 +7,7 @@ Each arrow is a function below; each value can be shown and tested by itself.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -31,20 +32,29 @@ from seuf_core.attribution.selection import (
     random_in_same_layers,
     select,
 )
+from seuf_core.checkpoint.index import read_index
 from seuf_core.checkpoint.manifest import Manifest
 from seuf_core.checkpoint.writer import write_checkpoint
-from seuf_core.data.batches import Encoded, encode_examples, length_bucketed
-from seuf_core.errors import Cancelled, MethodError
-from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
+from seuf_core.data.batches import PADDING, Encoded, encode_examples, length_bucketed
+from seuf_core.errors import Cancelled, MethodError, WriteError
+from seuf_core.evaluate.probes import EncodedProbe, encode_probes, score_probes, summarise
 from seuf_core.inputs import Inputs, read_inputs
 from seuf_core.method import Method
-from seuf_core.moe.routing import experts_masked
+from seuf_core.moe.routing import can_mask, experts_masked
 from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.observer import Observer, Silent
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import TrainingData, build_objective
 from seuf_core.unlearning.rule import FORGOTTEN, Quality, order, quality_of
-from seuf_core.unlearning.scopes import ExpertScope, Trainable, Values, WholeModelScope, assign, snapshot
+from seuf_core.unlearning.scopes import (
+    ExpertScope,
+    Trainable,
+    Values,
+    WholeModelScope,
+    assign,
+    digest,
+    snapshot,
+)
 from seuf_core.version import __version__
 
 TOKENS_PER_BATCH = 8192
@@ -99,9 +109,10 @@ class Job:
     """A job whose model is loaded: what every later step needs."""
 
     view: MoEView
-    tokenizer: PreTrainedTokenizerBase
     inputs: Inputs
     data: TrainingData
+    selection_probes: list[EncodedProbe]
+    test_probes: list[EncodedProbe]
     method: Method
     observer: Observer
 
@@ -135,6 +146,8 @@ def unlearn(
         WriteError: the checkpoint could not be written; nothing is at `out`.
     """
     method, observer, clock = method or Method(), observer or Silent(), _Clock()
+    if out is not None and os.path.lexists(out):  # the writer would say so too, after the training
+        raise WriteError("output_exists", f"{out} exists already.", "Remove it, or choose another folder.")
     inputs = read_inputs(model, forget, retain, evaluation, method, observer)
     clock.lap("validating")
     job = open_job(model, inputs, method, observer)
@@ -145,10 +158,10 @@ def unlearn(
     trainable: Trainable = (
         ExpertScope(job.view, targets, train_router=method.router == "train")
         if method.scope != "full"
-        else WholeModelScope(job.view)
+        else WholeModelScope(job.view, read_index(model).tensors)
     )
     initial = snapshot(trainable)
-    winner = train(job, trainable, targets, work)
+    winner = train(job, trainable, initial, targets, work)
     clock.lap("unlearning")
     metrics = measure(job, trainable, targets, before=initial, after=winner.values)
     clock.lap("evaluating")
@@ -166,7 +179,8 @@ def unlearn(
         selection=[asdict(target) for target in selection],
         metrics=metrics,
         chosen={"learning_rate": winner.learning_rate, **winner.best.as_dict()},
-        parameters_changed=sum(tensor.numel() for tensor in changed.values()),
+        # By storage: a tied parameter is one, under however many names.
+        parameters_changed=sum({tensor.data_ptr(): tensor.numel() for tensor in changed.values()}.values()),
         parameters_total=sum(parameter.numel() for parameter in job.view.model.parameters()),
         checkpoint=out,
         manifest=manifest,
@@ -208,20 +222,29 @@ def load(model: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def open_job(model: Path, inputs: Inputs, method: Method, observer: Observer) -> Job:
-    """Load the model and tokenise the training parts; says how many examples `max_length` cut."""
+    """Load the model and tokenise everything, so that a text that cannot be used is known before the training.
+
+    Says how many examples and probes `max_length` cut.
+    """
     loaded, tokenizer = load(model)
     forget, retain = (
         encode_examples(tokenizer, examples, method.max_length)
         for examples in (inputs.forget.train, inputs.retain.train if inputs.retain else [])
     )
-    cut = sum(encoded.truncated for encoded in forget + retain)
-    if cut:
-        message = (
-            f"{cut} of {len(forget) + len(retain)} training examples were cut to {method.max_length} tokens."
-        )
-        observer.event("warning", {"code": "examples_cut", "message": message})
-    data = TrainingData(forget, retain, loaded.config.pad_token_id or 0)
-    return Job(moe_view(loaded), tokenizer, inputs, data, method, observer)
+    selection, test = (
+        encode_probes(tokenizer, probes, method.max_length)
+        for probes in (inputs.selection_probes, inputs.test_probes)
+    )
+    answers = [sequence for probe in selection + test for sequence in probe.sequences]
+    for code, what, sequences in (
+        ("examples_cut", "training examples", forget + retain),
+        ("probes_cut", "choices of probes", answers),
+    ):
+        if cut := sum(encoded.truncated for encoded in sequences):
+            message = f"{cut} of {len(sequences)} {what} were cut to {method.max_length} tokens."
+            observer.event("warning", {"code": code, "message": message})
+    data = TrainingData(forget, retain)
+    return Job(moe_view(loaded), inputs, data, selection, test, method, observer)
 
 
 def attribute(job: Job) -> Attributed:
@@ -229,8 +252,8 @@ def attribute(job: Job) -> Attributed:
     view, data, method = job.view, job.data, job.method
 
     def statistics(encoded: list[Encoded], offset: int) -> RoutingStatistics:
-        total = len(data.forget) + len(data.retain)
-        batches = length_bucketed(encoded, TOKENS_PER_BATCH, data.pad_token_id)
+        total = len(data.forget) + (len(data.retain) if method.attribution == "contrast" else 0)
+        batches = length_bucketed(encoded, TOKENS_PER_BATCH, PADDING)
         on_device = (batch.to(view.model.device) for batch in batches)
         return routing_statistics(
             view, on_device, lambda n: job.observer.phase("attributing", offset + n, total)
@@ -259,14 +282,15 @@ def attribute(job: Job) -> Attributed:
     return Attributed(method.attribution, scores, view.layer_indices, stable, chosen, covered)
 
 
-def train(job: Job, trainable: Trainable, targets: dict[int, tuple[int, ...]], work: Path) -> RungResult:
-    """Try the rates of the ladder from the same start until one has forgotten; the best step by the rule wins.
+def train(
+    job: Job, trainable: Trainable, initial: Values, targets: dict[int, tuple[int, ...]], work: Path
+) -> RungResult:
+    """Try the rates of the ladder from `initial` until one has forgotten; the best step by the rule wins.
 
     Raises:
         MethodError: `nothing_forgotten`, when the base itself is the best that the bound allows.
     """
-    method = job.method
-    probes = encode_probes(job.tokenizer, job.inputs.selection_probes, method.max_length)
+    method, probes = job.method, job.selection_probes
 
     def evaluate() -> Quality:
         return quality_of(probes, score_probes(job.view.model, probes))
@@ -275,20 +299,21 @@ def train(job: Job, trainable: Trainable, targets: dict[int, tuple[int, ...]], w
     run = Run(
         method=method,
         trainable=trainable,
-        initial=snapshot(trainable),
+        initial=initial,
         objective=build_objective(job.view, method, data, targets),
         evaluate=evaluate,
         base=evaluate(),
         sizes=(len(data.forget), len(data.retain)),
         work=work,
-        fingerprint=job.inputs.fingerprint,
+        # The cheap digest of a model folder knows no weights: those that are trained say which base this was.
+        fingerprint=f"{job.inputs.fingerprint}/{digest(initial)}",
         observer=job.observer,
     )
     rungs: list[RungResult] = []
     for rung, learning_rate in enumerate(method.ladder):
         rungs.append(train_rung(run, rung, learning_rate))
         job.observer.event("rung", {"rung": rung, "learning_rate": learning_rate, **rungs[-1].best.as_dict()})
-        if rungs[-1].best.quality.forget_score <= FORGOTTEN:
+        if rungs[-1].best.quality.fell_to(FORGOTTEN, run.base):
             break
     winner = min(rungs, key=lambda result: order(result.best))
     if winner.best.step == 0:
@@ -304,14 +329,14 @@ def train(job: Job, trainable: Trainable, targets: dict[int, tuple[int, ...]], w
 def measure(
     job: Job, trainable: Trainable, targets: dict[int, tuple[int, ...]], *, before: Values, after: Values
 ) -> list[dict[str, Any]]:
-    """Test figures, looked at once: before, after, and both with the target experts masked out of the routing.
+    """Test figures, looked at once: before, after, and both with the target experts masked out of the routing
+    (where every layer keeps enough other experts).
 
     Leaves the model with the values of `after` merged in.
     """
-    probes = encode_probes(job.tokenizer, job.inputs.test_probes, job.method.max_length)
-    stages = [
-        (name, mask) for name in ("before", "after") for mask in ((False, True) if targets else (False,))
-    ]
+    probes = job.test_probes
+    masks = (False, True) if targets and can_mask(job.view, targets) else (False,)
+    stages = [(name, mask) for name in ("before", "after") for mask in masks]
     rows: list[dict[str, Any]] = []
     for done, (name, masked) in enumerate(stages):
         job.observer.phase("evaluating", done, len(stages))

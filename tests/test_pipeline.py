@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from seuf_core import Method, unlearn
-from seuf_core.errors import Cancelled, DataError, MethodError, ModelError
+from seuf_core.errors import Cancelled, DataError, MethodError, ModelError, WriteError
 from seuf_core.observer import Silent
 from tests import tiny
 
@@ -44,7 +44,7 @@ class Recorder(Silent):
         self.events.append((type, data))
 
     def cancelled(self) -> bool:
-        steps = sum(type == "step" for type, _ in self.events)
+        steps = sum(kind == "step" for kind, _ in self.events)
         return self.stop_after is not None and steps >= self.stop_after
 
 
@@ -127,9 +127,38 @@ def expected_names(family: str, *, router: bool) -> list[str]:
     return experts + ([f"model.layers.L.{block}.gate.weight"] if router else [])
 
 
-def test_the_checkpoint_loads_as_what_was_measured(sets: dict[str, Path], tmp_path: Path) -> None:
-    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
-    result = run(model, sets, tmp_path, "out")
+def tied(folder: Path, *names: str) -> Path:
+    """A model whose output embedding is its input embedding, under these names in its file."""
+    tiny.write_model(folder, "qwen2_moe", tie_word_embeddings=True, max_shard_size="1GB")
+    held = load_file(folder / "model.safetensors")
+    embedding = held.pop("model.embed_tokens.weight")
+    save_file(
+        {**held, **{name: embedding.clone() for name in names}},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    return folder
+
+
+MODELS: dict[str, Any] = {
+    "fp32": lambda folder: tiny.write_model(folder, "qwen2_moe"),
+    "bf16": lambda folder: tiny.write_model(folder, "qwen2_moe", dtype=torch.bfloat16),
+    "no pad token": lambda folder: tiny.write_model(folder, "qwen2_moe", pad_token_id=None, eos_token_id=[2, 5]),
+    "tied": lambda folder: tied(folder, "model.embed_tokens.weight"),
+    "tied, held twice": lambda folder: tied(folder, "model.embed_tokens.weight", "lm_head.weight"),
+    "tied, held as output": lambda folder: tied(folder, "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scope"),
+    [("fp32", "seuf"), ("bf16", "seuf"), ("no pad token", "seuf"), *((k, "full") for k in MODELS if k != "fp32")],
+)
+def test_the_checkpoint_loads_as_what_was_measured(
+    kind: str, scope: str, sets: dict[str, Path], tmp_path: Path
+) -> None:
+    model = MODELS[kind](tmp_path / "model")
+    result = run(model, sets, tmp_path, "out", scope=scope)
     again = unlearn(
         tmp_path / "out",
         sets["forget"],
@@ -146,6 +175,8 @@ def test_the_checkpoint_loads_as_what_was_measured(sets: dict[str, Path], tmp_pa
     assert figure(again.metrics, "before", "probability") == pytest.approx(
         figure(result.metrics, "after", "probability"), rel=1e-5
     )
+    if scope == "full":
+        assert result.parameters_changed == result.parameters_total
     assert figure(result.metrics, "after", "probability") < figure(result.metrics, "before", "probability")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "qwen2_moe"
 
@@ -163,7 +194,15 @@ def test_masked_figures_do_not_depend_on_what_the_masked_experts_hold(
     assert by_stage["before"] != by_stage["after"]
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_masked_figures_are_left_out_where_no_expert_would_be_left(
+    sets: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny.write_model(tmp_path / "model", "mixtral")
+    result = run(model, sets, tmp_path, "out", experts=3, spread="same_layer")
+    assert {row["stage"] for row in result.metrics} == {"before", "after"}
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 8])
 def test_a_cancelled_run_continues_to_bit_identical_weights(
     stop_after: int, sets: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -175,8 +214,9 @@ def test_a_cancelled_run_continues_to_bit_identical_weights(
     assert not (tmp_path / "resumed").exists()
     recorder = Recorder()
     run(model, sets, tmp_path, "resumed", observer=recorder, **ladder)
-    steps = [data["step"] for type, data in recorder.events if type == "step"]
-    assert steps[0] == stop_after + 1, "the run began again instead of continuing"
+    steps = [data["step"] for kind, data in recorder.events if kind == "step"]
+    assert len(steps) == 12 - stop_after, "the run began again instead of continuing"
+    assert steps[0] == stop_after % 6 + 1
     delta = (tmp_path / "undisturbed" / "delta.safetensors").read_bytes()
     assert (tmp_path / "resumed" / "delta.safetensors").read_bytes() == delta
 
@@ -232,6 +272,50 @@ def test_a_set_too_small_to_split_says_so(sets: dict[str, Path], tmp_path: Path)
     recorder = Recorder()
     run(model, {**sets, "forget": small}, tmp_path, "out", observer=recorder)
     assert ("warning", "too_few_facts_to_split") in [(t, d.get("code")) for t, d in recorder.events]
+
+
+def test_another_base_of_the_same_shape_is_trained_from_the_beginning(
+    sets: dict[str, Path], tmp_path: Path
+) -> None:
+    """A folder's digest is of names and sizes; the work folder of one base must not serve another."""
+    first = tiny.write_model(tmp_path / "first", "qwen2_moe", seed=0)
+    run(first, sets, tmp_path, "out")
+    other = tiny.write_model(tmp_path / "other", "qwen2_moe", seed=1)
+    recorder = Recorder()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    run(other, sets, tmp_path, "out", observer=recorder)  # the same work folder
+    assert [d["step"] for kind, d in recorder.events if kind == "step"][:1] == [1]
+
+
+def test_an_output_that_exists_is_refused_before_the_training(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    (tmp_path / "out").mkdir()
+    recorder = Recorder()
+    with pytest.raises(WriteError) as caught:
+        run(model, sets, tmp_path, "out", observer=recorder)
+    assert caught.value.code == "output_exists"
+    assert not recorder.phases
+
+
+def warnings(recorder: Recorder) -> list[str]:
+    return [data["code"] for kind, data in recorder.events if kind == "warning"]
+
+
+def test_a_run_that_nothing_bounds_says_so(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    only = {"forget": sets["forget"]}
+    run(model, only, tmp_path, "out", recorder, objective="gradient_ascent", attribution="affinity")
+    assert warnings(recorder) == ["no_retain_probes"]
+
+
+def test_a_broken_model_is_not_a_forgetful_one(sets: dict[str, Path], tmp_path: Path) -> None:
+    """No retain probes bound this ascent, and its rate breaks the model: what is published gives numbers."""
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe", dtype=torch.bfloat16)
+    recorder = Recorder()
+    fields = {"objective": "gradient_ascent", "scope": "full", "learning_rate": 1.0, "steps": 12}
+    result = run(model, {"forget": sets["forget"]}, tmp_path, "out", recorder, **fields)
+    assert all(row["value"] == row["value"] for row in result.metrics)
 
 
 def test_refusals_before_anything_is_written(sets: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from seuf_core.data.records import Example
 from seuf_core.errors import DataError
 
 IGNORE_INDEX = -100
+# The token id that fills padding: every vocabulary has it, and it is masked everywhere. A config's pad_token_id
+# may be missing, or -1.
+PADDING = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ def _cut(leading: list[int], before: list[int], after: list[int], max_length: in
     return Encoded(ids, max(1, len(ids) - len(kept_after)), truncated)
 
 
-def collate(rows: Sequence[Encoded], pad_token_id: int) -> Batch:
+def collate(rows: Sequence[Encoded], pad_token_id: int = PADDING) -> Batch:
     """Pad to the longest row. Which token fills the padding does not matter: it is masked everywhere."""
     length = max(len(row.input_ids) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id)

@@ -108,7 +108,7 @@ def _chunks(
 
 
 def _score_sequences(model: PreTrainedModel, sequences: list[Encoded]) -> tuple[list[float], list[bool]]:
-    batch = collate(sequences, pad_token_id=model.config.pad_token_id or 0).to(model.device)
+    batch = collate(sequences).to(model.device)
     answers = answer_logits(model, batch)
     logits = answers.logits.float()
     log_prob = -F.cross_entropy(logits, answers.target, reduction="none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +71,19 @@ def train_rung(run: Run, rung: int, learning_rate: float) -> RungResult:
         while not state.finished:
             terms = _step(run, optimizer, state.step)
             state.step += 1
-            _report(run, rung, learning_rate, state.step, terms)
-            if state.step % run.method.evaluate_every == 0 or state.step == run.method.steps:
-                _look(run, rung, state)
-            if state.finished or state.step % run.method.evaluate_every == 0 or run.observer.cancelled():
+            if terms is None:
+                _diverged(run, rung, learning_rate, state)
+            else:
+                _report(run, rung, learning_rate, state.step, terms)
+            looked = state.step % run.method.evaluate_every == 0 or state.step == run.method.steps
+            if looked and not state.finished:
+                _look(run, rung, learning_rate, state)
+            # Asked once a step: an answer that changed between saving and stopping would lose steps.
+            cancelled = run.observer.cancelled()
+            if state.finished or looked or cancelled:
                 state.values, state.moments = snapshot(run.trainable), moments_of(optimizer, leaves)
                 state.save(path, fingerprint)
-            if run.observer.cancelled() and not state.finished:
+            if cancelled and not state.finished:
                 raise Cancelled
     looks = tuple(Look.from_dict(fields) for fields in state.looks)
     return RungResult(learning_rate, looks, _best(looks, run.method), state.best_values)
@@ -94,20 +99,36 @@ def _best(looks: tuple[Look, ...], method: Method) -> Look:
     return chosen if chosen is not None else looks[0]
 
 
-def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms:
+def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None:
+    """One optimiser step; None, and nothing moved, when the loss is not a finite number."""
     method, (num_forget, num_retain) = run.method, run.sizes
     forget = batch_indices(num_forget, method.batch_size, method.seed, step)
     retain = batch_indices(num_retain, method.batch_size, method.seed + 1, step) if num_retain else []
     optimizer.zero_grad(set_to_none=True)
     terms = run.objective(forget, retain)
-    terms.total(method).backward()
+    loss = terms.total(method)
+    if not bool(loss.isfinite()):
+        return None
+    loss.backward()
     optimizer.step()
     return terms
 
 
+def _diverged(run: Run, rung: int, learning_rate: float, state: TrainingState) -> None:
+    """End a rung whose model no longer gives numbers; its best look so far stands."""
+    state.finished = True
+    run.observer.phase("unlearning", *_progress(run.method, rung, state.step))
+    message = f"At learning rate {learning_rate:g} the model gives no finite numbers from step {state.step} on."
+    run.observer.event("warning", {"code": "diverged", "message": message, "rung": rung, "step": state.step})
+
+
+def _progress(method: Method, rung: int, step: int) -> tuple[int, int]:
+    return rung * method.steps + step, len(method.ladder) * method.steps
+
+
 def _report(run: Run, rung: int, learning_rate: float, step: int, terms: Terms) -> None:
     method = run.method
-    run.observer.phase("unlearning", rung * method.steps + step, len(method.ladder) * method.steps)
+    run.observer.phase("unlearning", *_progress(method, rung, step))
     run.observer.event(
         "step",
         {
@@ -122,8 +143,11 @@ def _report(run: Run, rung: int, learning_rate: float, step: int, terms: Terms) 
     )
 
 
-def _look(run: Run, rung: int, state: TrainingState) -> None:
+def _look(run: Run, rung: int, learning_rate: float, state: TrainingState) -> None:
     quality = run.evaluate()
+    if not quality.finite:
+        _diverged(run, rung, learning_rate, state)
+        return
     look = Look(state.step, quality, quality.retain_drop(run.base))
     state.looks.append(look.as_dict())
     looks = tuple(Look.from_dict(fields) for fields in state.looks)
@@ -131,13 +155,12 @@ def _look(run: Run, rung: int, state: TrainingState) -> None:
     if is_best:
         state.best_values = snapshot(run.trainable)
     collapsed = _collapsed(look, run.method)
-    gone = is_best and quality.forget_score <= GONE
+    gone = is_best and quality.fell_to(GONE, run.base)
     state.finished = collapsed or gone or state.step >= run.method.steps
     shown: dict[str, Any] = {"rung": rung, "best": is_best, "collapsed": collapsed, **look.as_dict()}
     run.observer.event("look", shown)
 
 
 def _collapsed(look: Look, method: Method) -> bool:
-    """Guard: the model broke (NaN) or its retain quality is far past the bound and will not come back."""
-    bound = max(COLLAPSE_FACTOR * method.max_retain_drop, COLLAPSE_DROP)
-    return math.isnan(look.retain_drop) or look.retain_drop > bound
+    """Guard: the retain quality is far past the bound and will not come back."""
+    return look.retain_drop > max(COLLAPSE_FACTOR * method.max_retain_drop, COLLAPSE_DROP)

@@ -46,12 +46,11 @@ class TrainingData:
 
     forget: list[Encoded]
     retain: list[Encoded]
-    pad_token_id: int
 
     def batch(self, forget: Sequence[int], retain: Sequence[int]) -> Batch:
         """One padded batch, forget rows first."""
         rows = [self.forget[i] for i in forget] + [self.retain[i] for i in retain]
-        return collate(rows, self.pad_token_id)
+        return collate(rows)
 
 
 # Forget terms over likelihoods: (l [B], tokens [B], l_ref [B], method) -> scalar.
@@ -100,7 +99,7 @@ def _reference_nll(view: MoEView, data: TrainingData, batch_size: int) -> torch.
     """l of every forget example under the model before training, fp32 [N]; 4 N bytes."""
     parts = []
     for start in range(0, len(data.forget), batch_size):
-        batch = collate(data.forget[start : start + batch_size], data.pad_token_id).to(view.model.device)
+        batch = collate(data.forget[start : start + batch_size]).to(view.model.device)
         answers = answer_logits(view.model, batch)
         parts.append(
             losses.sequence_nll(answers.logits, answers.target, answers.row, answers.num_sequences)[0]
@@ -139,10 +138,11 @@ class HiddenStateObjective:
         found = []
         for start in range(0, len(encoded), self._method.batch_size):
             rows = encoded[start : start + self._method.batch_size]
-            batch = collate(rows, self._data.pad_token_id).to(self._view.model.device)
+            batch = collate(rows).to(self._view.model.device)
             states, mask = layer_states(self._view.model, self._layer, batch).float(), predicts_label(batch)
+            # Copies: a view would keep the padding of its whole batch alive.
             found += [
-                (states[i, : len(r.input_ids)], mask[i, : len(r.input_ids)]) for i, r in enumerate(rows)
+                (states[i, : len(r.input_ids)].clone(), mask[i, : len(r.input_ids)]) for i, r in enumerate(rows)
             ]
         return found
 

@@ -7,12 +7,12 @@ often than guesses are knowledge inverted, not knowledge lost, and the rule must
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from seuf_core.evaluate.probes import EncodedProbe, ProbeScore
-
 
 # Forget scores (recognised above chance, plus said) at which a run has nothing left to gain, and at which a ladder
 # has: the next, weaker rate could win little.
@@ -33,9 +33,18 @@ class Quality:
     chance: float
 
     @property
+    def finite(self) -> bool:
+        """Whether the model gave numbers at all: one that says NaN has not forgotten, it is broken."""
+        return all(math.isfinite(figure) for figure in astuple(self))
+
+    @property
     def forget_score(self) -> float:
         """Recognised above chance, plus said: 0 is chance and silence."""
         return max(self.forget_choice - self.chance, 0.0) + self.forget_open
+
+    def fell_to(self, level: float, base: Quality) -> bool:
+        """Whether the forget score came down to `level`; never for a base that was there before training."""
+        return self.forget_score <= level < base.forget_score
 
     def retain_drop(self, base: Quality) -> float:
         """The worse of the two losses against the model before training; negative when both improved."""
@@ -62,7 +71,10 @@ class Look:
 
 
 def quality_of(probes: Sequence[EncodedProbe], scores: Sequence[ProbeScore]) -> Quality:
-    """Collapse probe scores to the figures of the rule; a set without probes counts as 0."""
+    """Collapse probe scores to the figures of the rule; a set without probes counts as 0.
+
+    A set with a probe to which the model gave no number (NaN) has no figures: they are NaN.
+    """
     figures: dict[str, float] = {"chance": 0.0}
     for name in ("forget", "retain"):
         members = [i for i, encoded in enumerate(probes) if encoded.probe.set == name]
@@ -70,6 +82,8 @@ def quality_of(probes: Sequence[EncodedProbe], scores: Sequence[ProbeScore]) -> 
         choice = [scores[i].probability if single else float(scores[i].chose_right) for i in members]
         figures[f"{name}_choice"] = sum(choice) / max(len(members), 1)
         figures[f"{name}_open"] = sum(scores[i].open_right for i in members) / max(len(members), 1)
+        if any(math.isnan(scores[i].probability) for i in members):
+            figures[f"{name}_choice"] = figures[f"{name}_open"] = math.nan
         if name == "forget" and not single:
             figures["chance"] = sum(1 / len(probes[i].sequences) for i in members) / max(len(members), 1)
     return Quality(**figures)

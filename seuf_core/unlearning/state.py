@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from seuf_core.checkpoint.staging import sync
 from seuf_core.unlearning.scopes import Values
 
 
@@ -40,6 +41,7 @@ class TrainingState:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
         save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {"state": json.dumps(meta)})
+        sync(temporary)
         temporary.replace(path)
 
     @classmethod
@@ -74,7 +76,10 @@ def moments_of(optimizer: torch.optim.Optimizer, leaves: dict[str, torch.nn.Para
 def restore_moments(
     optimizer: torch.optim.Optimizer, leaves: dict[str, torch.nn.Parameter], moments: dict[str, Values]
 ) -> None:
-    """Put the tensors of `moments_of` back."""
+    """Put the tensors of `moments_of` back, each on its parameter's device; AdamW's step count stays on the CPU."""
     for name, leaf in leaves.items():
         if name in moments:
-            optimizer.state[leaf] = {key: tensor.clone() for key, tensor in moments[name].items()}
+            optimizer.state[leaf] = {
+                key: tensor.clone() if key == "step" else tensor.to(leaf.device, copy=True)
+                for key, tensor in moments[name].items()
+            }
