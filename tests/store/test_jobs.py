@@ -1,7 +1,6 @@
 """Jobs: create, look, list, cancel."""
 
-from __future__ import base64
-
+import base64
 from datetime import UTC, datetime
 from typing import Any
 
