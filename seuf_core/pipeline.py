@@ -278,8 +278,10 @@ def attribute(job: Job) -> Attributed:
     if method.scope == "random_expert":
         chosen = random_in_same_layers(chosen, scores, view.layer_indices, method.seed)
     stable, covered = stability(forget, view.num_experts_per_tok), coverage(forget, chosen)
+    attributed = Attributed(method.attribution, scores, view.layer_indices, stable, chosen, covered)
+    job.observer.event("attribution", attributed.as_dict())
     job.observer.event("selection", {"experts": [asdict(target) for target in chosen], "coverage": covered})
-    return Attributed(method.attribution, scores, view.layer_indices, stable, chosen, covered)
+    return attributed
 
 
 def train(
