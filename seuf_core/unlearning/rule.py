@@ -96,5 +96,5 @@ def order(look: Look) -> tuple[float, float, int]:
 
 def best(looks: Iterable[Look], max_retain_drop: float) -> Look | None:
     """The chosen look, or None when none is within the bound (step 0 always is)."""
-    allowed = [look for look in looks if look.retain_drop <= max_retain_drop]
+    allowed = [look for look in looks if round(look.retain_drop, 9) <= max_retain_drop]
     return min(allowed, key=order, default=None)

@@ -147,7 +147,7 @@ def test_a_run_with_nothing_left_to_forget_ends(tmp_path: Path) -> None:
 def test_a_base_that_never_knew_is_trained_all_the_same(tmp_path: Path) -> None:
     observer = Recorder()
     run, _ = make_run(tmp_path, [after(0.25)], observer=observer)
-    train_rung(replace(run, base=after(0.25)), 0, 1e-3)
+    train_rung(replace(run, base=replace(after(0.25), forget_open=0.01)), 0, 1e-3)
     assert observer.of("step", "step")[-1] == 6
 
 
@@ -203,6 +203,21 @@ def test_each_step_trains_on_the_batches_of_its_number(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, wrap=wrap, seed=3)
     train_rung(run, 0, 1e-3)
     assert taken == [(batch_indices(5, 2, 3, step), batch_indices(4, 2, 4, step)) for step in range(6)]
+
+
+def test_what_has_no_gradient_stays(tmp_path: Path) -> None:
+    """Weight decay would move it."""
+
+    def wrap(objective: Objective) -> Objective:
+        def terms_of(forget: Sequence[int], retain: Sequence[int]) -> Terms:
+            terms = objective(forget, retain)
+            return Terms(terms.forget * 0, terms.retain * 0, terms.anchor)
+
+        return terms_of
+
+    run, _ = make_run(tmp_path, wrap=wrap)
+    train_rung(run, 0, 1e-2)
+    assert same(snapshot(run.trainable), run.initial)
 
 
 def test_every_rung_starts_from_the_base(tmp_path: Path) -> None:

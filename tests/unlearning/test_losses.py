@@ -108,6 +108,15 @@ def test_layer_states_equal_the_hidden_states_of_transformers(family: str) -> No
     assert len(model.model.layers) == model.config.num_hidden_layers
 
 
+def test_layers_above_the_wanted_one_are_not_run() -> None:
+    model = tiny.build_model("qwen2_moe")
+    ran: list[int] = []
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    layer_states(model, 1, collate(sequences(), 0))
+    assert ran == [0, 1]
+
+
 def test_padding_changes_no_likelihood() -> None:
     model = tiny.build_model("qwen2_moe")
     rows = sequences()
