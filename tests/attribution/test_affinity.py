@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -138,6 +140,24 @@ def test_experts_that_no_token_chose_do_not_agree() -> None:
     assert stability(statistics_of([[[0, 1]]], sums), 1).rank_correlation == pytest.approx(-1 / 3)
 
 
+def test_contrast_is_what_serves_forget_and_not_retain() -> None:
+    """Affinities (.2, .1, 0, 0) and (.1, .3, 0, 0) by hand, two sequences each."""
+    forget = statistics_of([[[0, 1]]], torch.tensor([[[0.4, 0.0, 0.0, 0.0]], [[0.0, 0.2, 0.0, 0.0]]]))
+    retain = statistics_of([[[0, 1]]], torch.tensor([[[0.2, 0.3, 0.0, 0.0]], [[0.0, 0.3, 0.0, 0.0]]]))
+    expected = torch.tensor([[0.1, -0.2, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(contrast(forget, retain), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_stability_by_hand() -> None:
+    """Top-2 {0, 1} and {0, 3}: 1 of 3 experts. Ranks (4, 3, 2, 1) and (4, 1, 2, 3): rho = 1 - 6 * 8 / 60 = .2."""
+    sums = torch.tensor([[[0.4, 0.3, 0.2, 0.1]], [[0.4, 0.1, 0.2, 0.3]]])
+    found = stability(statistics_of([[[0, 1]]], sums), 2)
+    assert (found.jaccard_top_k, found.rank_correlation) == (pytest.approx(1 / 3), pytest.approx(0.2))
+    # Tied experts share their mean rank: (4, 3, 2, 1) and (3.5, 3.5, 2, 1) give 4.5 / sqrt(5 * 4.5).
+    tied = torch.tensor([[[0.4, 0.3, 0.2, 0.1]], [[0.5, 0.5, 0.2, 0.1]]])
+    assert stability(statistics_of([[[0, 1]]], tied), 2).rank_correlation == pytest.approx(0.9**0.5)
+
+
 def test_stability_of_constant_halves_and_of_one_sequence_is_a_number() -> None:
     constant = torch.full((2, 1, 4), 0.25)
     assert stability(statistics_of([[[0, 1]]], constant), 2).rank_correlation == 0.0
@@ -168,6 +188,7 @@ def test_ranking_by_spread() -> None:
     assert pairs(rank(SCORES, layers, "one_per_layer"))[:4] == [(2, 1), (5, 0), (5, 2), (2, 2)]
     assert pairs(rank(SCORES, layers, "across_layers"))[:4] == [(2, 1), (5, 0), (5, 2), (5, 1)]
     assert pairs(rank(SCORES, layers, "same_layer")) == [(2, 1), (2, 2), (2, 0), (2, 3)]
+    assert pairs(rank(SCORES.flip(0), layers, "same_layer"))[:2] == [(5, 1), (5, 2)]
 
 
 def test_coverage_counts_positions_seen_by_any_target() -> None:
@@ -177,6 +198,14 @@ def test_coverage_counts_positions_seen_by_any_target() -> None:
     assert coverage(statistics, [second]) == 0.5
     assert coverage(statistics, [first, second]) == 0.75
     assert coverage(statistics, []) == 0.0
+
+
+def test_coverage_looks_at_every_choice_of_the_right_layer() -> None:
+    """Decoder layers 2 and 5 are rows 0 and 1; an expert chosen second is chosen."""
+    statistics = replace(statistics_of([[[1, 0], [2, 3]], [[0, 1], [3, 1]]]), layers=(2, 5))
+    assert coverage(statistics, [SelectedExpert(2, 1, 0.9)]) == 1.0
+    assert coverage(statistics, [SelectedExpert(5, 1, 0.9)]) == 0.5
+    assert coverage(statistics, [SelectedExpert(5, 0, 0.9)]) == 0.0
 
 
 def test_auto_takes_the_smallest_set_that_covers() -> None:
@@ -214,6 +243,7 @@ def test_random_experts_share_the_layers_and_never_the_experts() -> None:
         assert [t.layer for t in drawn] == [t.layer for t in chosen]
         assert not set(pairs(drawn)) & set(pairs(chosen))
         assert len(set(pairs(drawn))) == 3
+        assert [t.score for t in drawn] == [float(SCORES[{2: 0, 5: 1}[t.layer], t.expert]) for t in drawn]
     assert pairs(random_in_same_layers(chosen, SCORES, (2, 5), 3)) == pairs(
         random_in_same_layers(chosen, SCORES, (2, 5), 3)
     )
