@@ -43,11 +43,6 @@ demo: setup ## Teach a small model facts, make it forget chemistry, print the ta
 serve: setup ## Start the whole service on this machine, on loopback (seuf up)
 	$(BIN)/seuf up $(ARGS)
 
-benchmark: setup ## Run one benchmark: NAME=x runs benchmarks/x.py
-	@test -f "benchmarks/$(NAME).py" || { echo "make benchmark NAME=x, where x is one of:" \
-	  $$(find benchmarks -name '[a-z]*.py' -printf '%f ' 2>/dev/null | sed 's/\.py//g'); exit 2; }
-	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
-
 lint: setup ## Check style (ruff), and that no tracked file names a machine path or a registry
 	$(BIN)/ruff check .
 	git ls-files -z | xargs -0 $(BIN)/python scripts/refuse_addresses.py
@@ -75,4 +70,4 @@ hooks: setup ## Run the checks of .pre-commit-config.yaml before every commit
 clean: ## Remove .venv, caches and build/
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help setup services test test-all demo serve benchmark lint format types contract check docs lock hooks clean
+.PHONY: help setup services test test-all demo serve lint format types contract check docs lock hooks clean
