@@ -63,6 +63,38 @@ def test_open_answer_is_what_greedy_decoding_says() -> None:
     assert not wrong.open_right
 
 
+@pytest.mark.parametrize("answer", [0, 1])
+def test_only_the_true_choice_is_the_open_answer(answer: int) -> None:
+    model, tokenizer = tiny.build_model("qwen2_moe"), tiny.build_tokenizer()
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    said = model.generate(**prompt, max_new_tokens=2, do_sample=False)[0].tolist()
+    length = prompt["input_ids"].shape[1]
+    right, wrong = Encoded(said, length, False), Encoded([*said[:-1], 7], length, False)
+    p = probe(0, (" a", " b"), answer)
+    for place in (0, 1):
+        sequences = (right, wrong) if place == 0 else (wrong, right)
+        [score] = score_probes(model, [EncodedProbe(p, sequences)])
+        assert score.open_right == (place == answer)
+
+
+def test_a_tie_is_not_knowing() -> None:
+    model = tiny.build_model("olmoe")
+    twin = Encoded([5, 6, 7], 1, False)
+    [score] = score_probes(model, [EncodedProbe(probe(0, (" a", " b"), 1), (twin, twin))])
+    assert (score.chose_right, score.ranked_last) == (False, False)
+    assert score.probability == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("choices", [(" a",), (" a", " b")])
+def test_a_broken_model_has_no_probability(choices: tuple[str, ...]) -> None:
+    model, tokenizer = tiny.build_model("olmoe"), tiny.build_tokenizer()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    [score] = score_probes(model, encode_probes(tokenizer, [probe(0, choices, 0)], 64))
+    assert score.probability != score.probability
+    assert not score.chose_right or len(choices) == 1
+
+
 def test_scores_do_not_depend_on_how_probes_are_batched() -> None:
     model, tokenizer = tiny.build_model("mixtral"), tiny.build_tokenizer()
     probes = encode_probes(tokenizer, [probe(i, (" a", " bcd", " efghij"), i % 3) for i in range(9)], 64)
@@ -94,3 +126,20 @@ def test_summary_by_set_and_domain() -> None:
     assert rows["probability"]["value"] == pytest.approx(0.7)
     assert {row["n"] for row in rows.values()} == {4}
     assert {(row["set"], row["domain"]) for row in rows.values()} == {("forget", "chemistry")}
+
+
+def test_sets_and_domains_are_summed_apart() -> None:
+    tokenizer = tiny.build_tokenizer()
+    kinds = [("forget", "a"), ("forget", "b"), ("retain", "a"), ("forget", "a")]
+    probes = encode_probes(
+        tokenizer,
+        [Probe(f"p{i}", "?", (" x", " y"), 0, f"f{i}", domain, side) for i, (side, domain) in enumerate(kinds)],  # type: ignore[arg-type]
+        64,
+    )
+    scores = [ProbeScore(right, False, False, 0.5) for right in (True, False, True, False)]
+    found = {
+        (row["set"], row["domain"]): (row["value"], row["n"])
+        for row in summarise(probes, scores)
+        if row["name"] == "choice"
+    }
+    assert found == {("forget", "a"): (0.5, 2), ("forget", "b"): (0.0, 1), ("retain", "a"): (1.0, 1)}
