@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from seuf_core.attribution.affinity import routing_statistics
+from seuf_core.data.batches import collate, encode_examples
 from seuf_core.errors import DataError
 from seuf_core.inputs import SELECTION_PROBES, Inputs, read_inputs
-from seuf_core.method import Method
+from seuf_core.method import Attribution, Method
 from seuf_core.observer import Silent
-from seuf_core.pipeline import open_job
+from seuf_core.pipeline import attribute, open_job
 from tests import tiny
 
 
@@ -155,3 +158,30 @@ def test_probes_that_are_cut_or_unusable_are_known_before_the_training(tmp_path:
     with pytest.raises(DataError) as caught:
         open_job(tmp_path / "model", one, Method(), recorder)
     assert caught.value.code == "no_label_tokens"
+
+
+def test_each_part_is_used_for_what_it_is_for(tmp_path: Path) -> None:
+    """Losses see train facts, looks see selection facts, the end sees test facts."""
+    inputs = read(tmp_path, probes("forget"))
+    job = open_job(tmp_path / "model", inputs, Method(), Recorder())
+    assert inputs.retain is not None
+    tokenizer = tiny.build_tokenizer()
+    assert job.data.forget == encode_examples(tokenizer, inputs.forget.train, 256)
+    assert job.data.retain == encode_examples(tokenizer, inputs.retain.train, 256)
+    assert [encoded.probe for encoded in job.selection_probes] == inputs.selection_probes
+    assert [encoded.probe for encoded in job.test_probes] == inputs.test_probes
+
+
+@pytest.mark.parametrize("attribution", ["contrast", "affinity"])
+def test_experts_are_scored_on_the_training_parts(attribution: Attribution, tmp_path: Path) -> None:
+    inputs = read(tmp_path, None)
+    job = open_job(tmp_path / "model", inputs, Method(attribution=attribution), Recorder())
+    forget, retain = (
+        routing_statistics(job.view, [collate(rows)]).affinity for rows in (job.data.forget, job.data.retain)
+    )
+    expected = forget - retain if attribution == "contrast" else forget
+    found = attribute(job)
+    torch.testing.assert_close(found.matrix, expected, rtol=1e-5, atol=1e-7)
+    best = found.selection[0]
+    assert best.score == pytest.approx(float(expected.max()), rel=1e-5)
+    assert found.matrix[found.layers.index(best.layer), best.expert] == best.score
