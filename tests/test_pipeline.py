@@ -221,6 +221,37 @@ def test_a_cancelled_run_continues_to_bit_identical_weights(
     assert (tmp_path / "resumed" / "delta.safetensors").read_bytes() == delta
 
 
+def test_the_ladder_ends_where_it_has_forgotten_and_else_the_best_rung_wins(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+
+    def rungs(name: str) -> tuple[list[tuple[float, float]], float]:
+        """(score, rate) of each rung, and the rate that won; the model says nothing, so choice is the score."""
+        recorder = Recorder()
+        ladder = (1e-2, 1e-4)
+        result = run(model, sets, tmp_path, name, recorder, learning_rate="auto", learning_rate_ladder=ladder)
+        found = [(d["forget_choice"], d["learning_rate"]) for kind, d in recorder.events if kind == "rung"]
+        return found, result.chosen["learning_rate"]
+
+    both, won = rungs("both")
+    assert [rate for _, rate in both] == [1e-2, 1e-4]
+    assert won == min(both)[1] == 1e-2
+    monkeypatch.setattr("seuf_core.pipeline.FORGOTTEN", both[0][0])
+    assert rungs("one") == (both[:1], 1e-2)
+
+
+@pytest.mark.parametrize("retain_loss", ["none", "cross_entropy"])
+def test_a_retain_set_without_a_retain_term_only_measures(
+    retain_loss: str, sets: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    run(model, sets, tmp_path, "out", recorder, retain_loss=retain_loss)
+    terms = [data["retain_loss"] for kind, data in recorder.events if kind == "step"]
+    assert all((term > 0) == (retain_loss != "none") for term in terms)
+
+
 @pytest.mark.parametrize("scope", ["seuf", "random_expert", "full"])
 @pytest.mark.parametrize(
     "objective", ["gradient_ascent", "gradient_difference", "npo", "rmu", "adaptive_rmu"]
