@@ -52,7 +52,6 @@ from seuf_core.unlearning.scopes import (
     Values,
     WholeModelScope,
     assign,
-    digest,
     snapshot,
 )
 from seuf_core.version import __version__
@@ -307,8 +306,8 @@ def train(
         base=evaluate(),
         sizes=(len(data.forget), len(data.retain)),
         work=work,
-        # The cheap digest of a model folder knows no weights: those that are trained say which base this was.
-        fingerprint=f"{job.inputs.fingerprint}/{digest(initial)}",
+        # On another machine a near tie may select other experts: their training is not this one's.
+        fingerprint=f"{job.inputs.fingerprint}/{sorted(targets.items())}",
         observer=job.observer,
     )
     rungs: list[RungResult] = []

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from seuf_core import Method, unlearn
+from seuf_core.attribution.selection import SelectedExpert
 from seuf_core.errors import Cancelled, DataError, MethodError, ModelError, WriteError
 from seuf_core.observer import Silent
 from tests import tiny
@@ -308,13 +309,27 @@ def test_a_set_too_small_to_split_says_so(sets: dict[str, Path], tmp_path: Path)
 def test_another_base_of_the_same_shape_is_trained_from_the_beginning(
     sets: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A folder's digest is of names and sizes; the work folder of one base must not serve another."""
+    """The work folder of one base must not serve another."""
     first = tiny.write_model(tmp_path / "first", "qwen2_moe", seed=0)
     run(first, sets, tmp_path, "out")
     other = tiny.write_model(tmp_path / "other", "qwen2_moe", seed=1)
     recorder = Recorder()
     (tmp_path / "out").rename(tmp_path / "moved")
     run(other, sets, tmp_path, "out", observer=recorder)  # the same work folder
+    assert [d["step"] for kind, d in recorder.events if kind == "step"][:1] == [1]
+
+
+def test_other_experts_are_trained_from_the_beginning(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same job, resumed where rounding selects other experts: the old values fit no parameter."""
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    with pytest.raises(Cancelled):
+        run(model, sets, tmp_path, "out", Recorder(3))
+    others = (SelectedExpert(1, 0, 0.5), SelectedExpert(2, 1, 0.4))
+    monkeypatch.setattr("seuf_core.pipeline.select", lambda *_, **__: others)
+    recorder = Recorder()
+    run(model, sets, tmp_path, "out", recorder)
     assert [d["step"] for kind, d in recorder.events if kind == "step"][:1] == [1]
 
 

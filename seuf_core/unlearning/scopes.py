@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -90,15 +89,6 @@ class WholeModelScope:
 def snapshot(trainable: Trainable) -> Values:
     """A copy of every parameter's present value."""
     return {name: leaf.detach().clone() for name, leaf in trainable.named_parameters().items()}
-
-
-def digest(values: Values) -> str:
-    """sha256 over names and bytes of a snapshot, in hex: tells two starting points apart."""
-    found = hashlib.sha256()
-    for name, tensor in values.items():
-        found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 @torch.no_grad()

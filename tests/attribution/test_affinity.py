@@ -201,11 +201,11 @@ def test_coverage_counts_positions_seen_by_any_target() -> None:
 
 
 def test_coverage_looks_at_every_choice_of_the_right_layer() -> None:
-    """Decoder layers 2 and 5 are rows 0 and 1; an expert chosen second is chosen."""
-    statistics = replace(statistics_of([[[1, 0], [2, 3]], [[0, 1], [3, 1]]]), layers=(2, 5))
-    assert coverage(statistics, [SelectedExpert(2, 1, 0.9)]) == 1.0
-    assert coverage(statistics, [SelectedExpert(5, 1, 0.9)]) == 0.5
-    assert coverage(statistics, [SelectedExpert(5, 0, 0.9)]) == 0.0
+    """Decoder layers 1 and 4 are rows 0 and 1; an expert chosen second is chosen."""
+    statistics = replace(statistics_of([[[1, 0], [2, 3]], [[0, 1], [3, 1]]]), layers=(1, 4))
+    assert coverage(statistics, [SelectedExpert(1, 1, 0.9)]) == 1.0
+    assert coverage(statistics, [SelectedExpert(4, 1, 0.9)]) == 0.5
+    assert coverage(statistics, [SelectedExpert(4, 0, 0.9)]) == 0.0
 
 
 def test_auto_takes_the_smallest_set_that_covers() -> None:
