@@ -51,13 +51,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build"), help="where everything is written")
     options = parser.parse_args()
     began = time.monotonic()
+    transformers_quietly()
     reference = build_reference(twin=False)
     twin = build_reference(twin=True) if options.twin else None
     work = options.folder.resolve() / "demo"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     figures, jobs = Figures(), {}
-    transformers_quietly()
     with service(work) as client:
         ids = upload(client, reference)
         for column, method in METHODS.items():
