@@ -165,13 +165,13 @@ def run_job(client: Client, ids: dict[str, str], column: str, method: dict[str, 
     )
     with progress_bar() as bar:
         task = bar.add_task(column, total=None)
-        for _ in client.events(job["id"]):
-            job = client.job(job["id"])
-            progress = job["progress"]
-            note = f"{job['status']} {progress['phase'] or ''}"
-            if progress["step"]:
-                note += f" step {progress['step']} loss {progress['loss']:.3f}"
-            bar.update(task, completed=progress["done"] or 0, total=progress["total"], note=note)
+        for event in client.events(job["id"]):
+            data = event["data"]
+            if event["type"] == "phase":
+                bar.update(task, completed=data["done"], total=data["total"], note=data["phase"])
+            elif event["type"] == "look":
+                shown = (f"{name} {data[f'{name}_choice']:.2f}" for name in ("forget", "retain"))
+                bar.update(task, note=f"step {data['step']}: {', '.join(shown)}")
         job = client.job(job["id"])
         bar.update(task, completed=1, total=1, note=job["status"])
     if job["status"] != "succeeded":
