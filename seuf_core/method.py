@@ -77,11 +77,11 @@ class Method(BaseModel):
     attribution: Attribution = Field(
         "contrast",
         description="How experts are scored: `contrast` = affinity on forget minus affinity on retain, "
-        "`affinity` = Eq. 2 of the paper, `random` = seeded."
+        "`affinity` = Eq. 2 of the paper, `random` = seeded.",
     )
     experts: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
         "auto",
-        description="How many experts are trained; `auto` = the smallest set that covers the forget answers."
+        description="How many experts are trained; `auto` = the smallest set that covers the forget answers.",
     )
     coverage: float = Field(
         0.75,
@@ -98,7 +98,7 @@ class Method(BaseModel):
     router: RouterMode = Field(
         "freeze",
         description="`freeze`: routing of the target layers cannot change. `train`: their routers learn too, with the "
-        "anchor. Scope `full` trains every router, without an anchor."
+        "anchor. Scope `full` trains every router, without an anchor.",
     )
     objective: Objective = Field("npo", description="The forget term.")
     retain_loss: RetainLoss = Field(
@@ -136,7 +136,12 @@ class Method(BaseModel):
     batch_size: int = Field(
         32, ge=1, le=4096, description="Forget examples a step, and as many retain examples."
     )
-    max_length: int = Field(256, ge=8, le=32_768, description="Tokens an example is cut to.")
+    max_length: int = Field(
+        256,
+        ge=8,
+        le=32_768,
+        description="Tokens of a sequence: a longer running text becomes several, a longer prompt or answer is cut.",
+    )
     evaluate_every: int = Field(10, ge=1, le=10_000, description="Steps between looks at the selection part.")
     max_retain_drop: float = Field(
         0.03,

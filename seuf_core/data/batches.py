@@ -52,8 +52,32 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> list[Encoded]:
-    """Every example as one sequence, in order. Raises as `encode_pairs` does."""
-    return encode_pairs(tokenizer, [(e.prompt, e.completion) for e in examples], max_length)
+    """Every example as one sequence, in order; a running text longer than `max_length` as several.
+
+    Raises as `encode_pairs` does.
+    """
+    pairs = [(example.prompt, example.completion) for example in examples]
+    encoded: list[Encoded] = []
+    for (prompt, text), whole in zip(pairs, encode_pairs(tokenizer, pairs, max_length), strict=True):
+        long_text = whole.truncated and not prompt
+        encoded += _windows(tokenizer, text, max_length) if long_text else [whole]
+    return encoded
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[Encoded]:
+    """A text in pieces of at most `max_length` tokens; every token is a label once, as in the whole text.
+
+    Each piece but the first begins with the token before it, which is its context and no label.
+    """
+    leading, tokens = _leading_specials(tokenizer), _tokens(tokenizer, [text])[0]
+    size = max_length - len(leading)
+    first = Encoded([*leading, *tokens[:size]], max(1, len(leading)), truncated=False)
+    step = max(1, size - 1)
+    starts = range(size, len(tokens), step)
+    return [first] + [
+        Encoded([*leading, *tokens[start - 1 : start + step]], len(leading) + 1, truncated=False)
+        for start in starts
+    ]
 
 
 def encode_pairs(

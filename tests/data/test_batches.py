@@ -187,3 +187,40 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     assert first == backwards
     assert first != order(1)
     assert first[:5] != first[5:]  # the second epoch has an order of its own
+
+
+def letters(text: str) -> Example:
+    return Example("t", "", text, "t", "")
+
+
+def bytes_with_bos() -> PreTrainedTokenizerFast:
+    tokenizer = tiny.build_tokenizer()
+    template = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+def test_a_long_text_becomes_windows_in_which_every_token_is_a_label_once() -> None:
+    """abcdefghij in windows of 4: abcd, defg, ghij; d and g are context the second time."""
+    windows = encode_examples(BYTES, [letters("abcdefghij")], 4)
+    assert [BYTES.decode(w.input_ids) for w in windows] == ["abcd", "defg", "ghij"]
+    assert "".join(BYTES.decode(w.input_ids[w.labels_from :]) for w in windows) == "bcdefghij"
+    assert not any(w.truncated for w in windows)
+
+
+@pytest.mark.parametrize("length", range(2, 14))
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_of_any_length_lose_and_repeat_no_label(length: int, bos: bool) -> None:
+    tokenizer = bytes_with_bos() if bos else BYTES
+    text = "abcdefghijklm"[:length]
+    windows = encode_examples(tokenizer, [letters(text)], 5)
+    labels = "".join(tokenizer.decode(w.input_ids[w.labels_from :]) for w in windows)
+    assert labels == (text if bos else text[1:])
+    assert all(len(w.input_ids) <= 5 for w in windows)
+    assert all(w.input_ids[0] == tokenizer.bos_token_id for w in windows) is bos
+
+
+def test_a_prompt_with_a_long_answer_stays_one_sequence() -> None:
+    example = Example("p", "q:", "abcdefghij", "p", "")
+    [encoded] = encode_examples(BYTES, [example], 6)
+    assert encoded.truncated
