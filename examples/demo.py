@@ -31,7 +31,7 @@ from rich.table import Table
 from client import Client
 from client.types import Job
 
-console = Console(width=118)
+console = Console(width=None if sys.stdout.isatty() else 118)
 DOMAINS = ("chemistry", "geography", "persons")
 # What each control changes of the default method; everything else, the selection rule too, is the same.
 METHODS: dict[str, dict[str, Any]] = {
@@ -61,8 +61,9 @@ def main() -> None:
     with service(work) as client:
         ids = upload(client, reference)
         for column, method in METHODS.items():
-            jobs[column] = run_job(client, ids, column, method)
+            jobs[column], looks = run_job(client, ids, column, method)
             figures.add_job(client, column, jobs[column])
+            figures.add_lowest(column, looks)
         checkpoint = jobs["unlearned"]["checkpoint"]
         assert checkpoint is not None
         folder = client.download(checkpoint, work / "unlearned")
@@ -158,8 +159,11 @@ def upload(client: Client, reference: Any) -> dict[str, str]:
     return ids
 
 
-def run_job(client: Client, ids: dict[str, str], column: str, method: dict[str, Any]) -> Job:
-    """POST a job and watch its events to the end."""
+def run_job(
+    client: Client, ids: dict[str, str], column: str, method: dict[str, Any]
+) -> tuple[Job, list[dict[str, Any]]]:
+    """POST a job and watch its events to the end; the job and its looks at the selection part."""
+    looks: list[dict[str, Any]] = []
     job = client.submit(
         ids["model"], ids["forget"], retain_set=ids["retain"], evaluation_set=ids["evaluation"], method=method
     )
@@ -170,13 +174,14 @@ def run_job(client: Client, ids: dict[str, str], column: str, method: dict[str, 
             if event["type"] == "phase":
                 bar.update(task, completed=data["done"], total=data["total"], note=data["phase"])
             elif event["type"] == "look":
+                looks.append(data)
                 shown = (f"{name} {data[f'{name}_choice']:.2f}" for name in ("forget", "retain"))
                 bar.update(task, note=f"step {data['step']}: {', '.join(shown)}")
         job = client.job(job["id"])
         bar.update(task, completed=1, total=1, note=job["status"])
     if job["status"] != "succeeded":
         raise SystemExit(f"Job {column} ended {job['status']}: {job['error']}")
-    return job
+    return job, looks
 
 
 def seconds_of(job: Job) -> float:
@@ -247,6 +252,12 @@ class Figures:
         self.add(f"parameters_changed_share{suffix}", share, "share")
         if suffix:
             self.add(f"seconds_job{suffix}", seconds_of(job), "s")
+
+    def add_lowest(self, column: str, looks: list[dict[str, Any]]) -> None:
+        """How far a run got at all, within the bound or not, and what it had lost there (selection part)."""
+        lowest = min(looks, key=lambda look: float(look["forget_choice"]))
+        self.add(f"lowest/forget_choice/{column}", lowest["forget_choice"], "share")
+        self.add(f"lowest/retain_drop/{column}", lowest["retain_drop"], "share")
 
     def add_twin(self, twin: Any, method: dict[str, Any]) -> None:
         """The twin on the same test probes."""
