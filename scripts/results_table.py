@@ -47,8 +47,8 @@ def past_the_bound(figures: dict[str, float]) -> str:
     whole, rest = (figures[f"lowest/{name}/full_model"] for name in ("forget_choice", "retain_drop"))
     random, lost = (figures[f"lowest/{name}/random_expert"] for name in ("forget_choice", "retain_drop"))
     return (
-        f"Past the bound, on selection facts, the whole model got down to {whole:.2f} and had lost {rest:.2f} of what is "
-        f"kept; random experts got to {random:.2f} and had lost {lost:.2f}."
+        f"Past the bound, on selection facts, the whole model got down to {whole:.2f} and had lost {rest:.2f} of what "
+        f"is kept; random experts got to {random:.2f} and had lost {lost:.2f}."
     )
 
 
