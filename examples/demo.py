@@ -164,6 +164,7 @@ def run_job(
 ) -> tuple[Job, list[dict[str, Any]]]:
     """POST a job and watch its events to the end; the job and its looks at the selection part."""
     looks: list[dict[str, Any]] = []
+    phase = note = ""
     job = client.submit(
         ids["model"], ids["forget"], retain_set=ids["retain"], evaluation_set=ids["evaluation"], method=method
     )
@@ -172,11 +173,13 @@ def run_job(
         for event in client.events(job["id"]):
             data = event["data"]
             if event["type"] == "phase":
-                bar.update(task, completed=data["done"], total=data["total"], note=data["phase"])
+                note = note if phase == data["phase"] else data["phase"]
+                phase = data["phase"]
+                bar.update(task, completed=data["done"], total=data["total"], note=note)
             elif event["type"] == "look":
                 looks.append(data)
                 shown = (f"{name} {data[f'{name}_choice']:.2f}" for name in ("forget", "retain"))
-                bar.update(task, note=f"step {data['step']}: {', '.join(shown)}")
+                note = f"step {data['step']}: {', '.join(shown)}"
         job = client.job(job["id"])
         bar.update(task, completed=1, total=1, note=job["status"])
     if job["status"] != "succeeded":
