@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from seuf_core.checkpoint.inspect import ModelFacts, inspect_model
+from seuf_core.checkpoint.manifest import sha256_file
 from seuf_core.data.parts import Parts, sample, split_records
 from seuf_core.data.records import Example, Probe, read_examples, read_probes
 from seuf_core.errors import DataError, MethodError
@@ -120,6 +121,6 @@ def _usable_probes(probes: list[Probe]) -> list[Probe]:
 def _fingerprint(facts: ModelFacts, files: list[Path | None], method: Method) -> str:
     digest = hashlib.sha256(facts.digest.encode())
     for file in files:
-        digest.update(hashlib.sha256(file.read_bytes() if file else b"-").digest())
+        digest.update(sha256_file(file).encode() if file else b"-")
     digest.update(json.dumps(method.model_dump(mode="json"), sort_keys=True).encode())
     return digest.hexdigest()

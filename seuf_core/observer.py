@@ -13,14 +13,17 @@ class Observer(Protocol):
         ...
 
     def event(self, type: str, data: dict[str, Any]) -> None:  # noqa: A002 - the field's name in the API
-        """Something worth keeping: `attribution`, `selection`, `step`, `look`, `rung`, `metrics`, `warning`.
+        """Something worth keeping: `attribution`, `selection`, `step`, `look`, `rung`, `warning`.
 
         `data` is JSON and never holds text of a data set.
         """
         ...
 
     def cancelled(self) -> bool:
-        """Asked after every step; true ends the run with `Cancelled` once its training checkpoint is written."""
+        """Asked after every step and while publishing; true ends the run with `Cancelled`.
+
+        The training checkpoint is written before that.
+        """
         ...
 
 

@@ -78,9 +78,8 @@ def _sequence_means(routing: Routing, layers: tuple[int, ...], batch: Batch) -> 
 
 
 def _answer_experts(routing: Routing, layers: tuple[int, ...], batch: Batch) -> torch.Tensor:
-    predicts_answer = torch.zeros_like(batch.labels, dtype=torch.bool)
-    predicts_answer[:, :-1] = batch.labels[:, 1:] != -100
-    chosen = [routing.indices[layer][predicts_answer.view(-1)] for layer in layers]
+    predicts_answer = batch.predicts_label().view(-1)
+    chosen = [routing.indices[layer][predicts_answer] for layer in layers]
     return torch.stack(chosen, dim=1).to(torch.int16).cpu()
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from seuf_core.data.records import Example
 from seuf_core.errors import DataError
+
+T = TypeVar("T")
 
 IGNORE_INDEX = -100
 # The token id that fills padding: every vocabulary has it, and it is masked everywhere. A config's pad_token_id
@@ -42,6 +45,12 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+    def predicts_label(self) -> torch.Tensor:
+        """[B, S], true at the positions whose next token is a label."""
+        mask = torch.zeros_like(self.labels, dtype=torch.bool)
+        mask[:, :-1] = self.labels[:, 1:] != IGNORE_INDEX
+        return mask
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> Encoded:
@@ -163,16 +172,22 @@ def collate(rows: Sequence[Encoded], pad_token_id: int = PADDING) -> Batch:
 
 
 def length_bucketed(rows: Sequence[Encoded], tokens_per_batch: int, pad_token_id: int) -> Iterator[Batch]:
-    """Batches of rows of like length, shortest first, for passes whose result does not depend on the order.
+    """`bucketed` rows as batches."""
+    for bucket in bucketed(rows, lambda row: len(row.input_ids), tokens_per_batch):
+        yield collate(bucket, pad_token_id)
 
-    At most `tokens_per_batch` padded tokens each; a row longer than that is a batch by itself.
+
+def bucketed(items: Sequence[T], length: Callable[[T], int], tokens_per_batch: int) -> Iterator[list[T]]:
+    """Items of like length together, shortest first, for passes whose result does not depend on the order.
+
+    At most `tokens_per_batch` padded tokens each; an item longer than that is alone.
     """
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    ordered = sorted(items, key=length)
     start = 0
     for end in range(1, len(ordered) + 1):
-        # Sorted, so the next row would set the padded length of its batch.
-        if end == len(ordered) or (end - start + 1) * len(ordered[end].input_ids) > tokens_per_batch:
-            yield collate(ordered[start:end], pad_token_id)
+        # Sorted, so the next item would set the padded length of its batch.
+        if end == len(ordered) or (end - start + 1) * length(ordered[end]) > tokens_per_batch:
+            yield ordered[start:end]
             start = end
 
 

@@ -7,7 +7,7 @@ the true answer (each is the argmax given the ones before it, which is what gree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from seuf_core.data.batches import Encoded, collate, encode_pair
+from seuf_core.data.batches import Encoded, bucketed, collate, encode_pair
 from seuf_core.data.records import Example, Probe
 from seuf_core.moe.forward import answer_logits
 
@@ -70,7 +70,6 @@ def score_probes(
     probes: Sequence[EncodedProbe],
     *,
     tokens_per_batch: int = 8192,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> list[ProbeScore]:
     """Score every probe with the model as it stands.
 
@@ -78,33 +77,18 @@ def score_probes(
         tokens_per_batch: padded tokens of one forward pass; logits take 4 * V bytes for each answer position.
     """
     flat = [(p, c) for p, probe in enumerate(probes) for c in range(len(probe.sequences))]
-    flat.sort(key=lambda pc: len(probes[pc[0]].sequences[pc[1]].input_ids))
     log_probs = [[0.0] * len(probe.sequences) for probe in probes]
     greedy = [False] * len(probes)
-    done = 0
-    for chunk in _chunks(flat, [len(probes[p].sequences[c].input_ids) for p, c in flat], tokens_per_batch):
+    for chunk in bucketed(flat, lambda pc: len(probes[pc[0]].sequences[pc[1]].input_ids), tokens_per_batch):
         means, hits = _score_sequences(model, [probes[p].sequences[c] for p, c in chunk])
         for (p, c), mean, hit in zip(chunk, means, hits, strict=True):
             log_probs[p][c] = mean
             if c == probes[p].probe.answer:
                 greedy[p] = hit
-        done += len(chunk)
-        progress(done)
     return [
         _judge(probe.probe.answer, scores, hit)
         for probe, scores, hit in zip(probes, log_probs, greedy, strict=True)
     ]
-
-
-def _chunks(
-    items: list[tuple[int, int]], lengths: list[int], tokens_per_batch: int
-) -> Iterator[list[tuple[int, int]]]:
-    start = 0
-    for end in range(1, len(items) + 1):
-        # Sorted by length, so the next item would be the longest of its batch.
-        if end == len(items) or (end - start + 1) * lengths[end] > tokens_per_batch:
-            yield items[start:end]
-            start = end
 
 
 def _score_sequences(model: PreTrainedModel, sequences: list[Encoded]) -> tuple[list[float], list[bool]]:

@@ -151,9 +151,8 @@ def _target_forward(module: Any, leaves: Leaves, states: torch.Tensor) -> torch.
 def _frozen_forward(
     module: Any, original: str, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    eager = type(
-        module
-    ).forward.__wrapped__  # transformers wraps the family's own loop to dispatch on the config
+    # transformers wraps the family's own loop to dispatch on the config.
+    eager = type(module).forward.__wrapped__
     result: torch.Tensor = ALL_EXPERTS_FUNCTIONS.get(original, eager)(module, states, index, weights)
     return result
 

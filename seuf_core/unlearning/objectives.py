@@ -56,12 +56,15 @@ class TrainingData:
 # Forget terms over likelihoods: (l [B], tokens [B], l_ref [B], method) -> scalar.
 ForgetTerm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Method], torch.Tensor]
 LIKELIHOOD_TERMS: Final[dict[str, ForgetTerm]] = {
-    "gradient_ascent": lambda nll, tokens, _, __: losses.gradient_ascent(
-        nll, tokens
-    ),  # SEUF, arXiv 2411.18797
-    "gradient_difference": lambda nll, tokens, _, __: losses.gradient_ascent(nll, tokens),  # arXiv 2203.12817
-    "npo": lambda nll, _, reference, method: losses.npo(nll, reference, method.npo_beta),  # arXiv 2404.05868
+    # SEUF, arXiv 2411.18797
+    "gradient_ascent": lambda nll, tokens, _, __: losses.gradient_ascent(nll, tokens),
+    # arXiv 2203.12817
+    "gradient_difference": lambda nll, tokens, _, __: losses.gradient_ascent(nll, tokens),
+    # arXiv 2404.05868
+    "npo": lambda nll, _, reference, method: losses.npo(nll, reference, method.npo_beta),
 }
+# Those that look at l_ref; the others are spared a pass over the forget set.
+USES_REFERENCE: Final[frozenset[str]] = frozenset({"npo"})
 
 
 def build_objective(
@@ -82,16 +85,25 @@ class LikelihoodObjective:
     ) -> None:
         self._view, self._method, self._data, self._anchored = view, method, data, anchored
         self._term = LIKELIHOOD_TERMS[method.objective]
-        self._reference = _reference_nll(view, data, method.batch_size)
+        self._reference = (
+            _reference_nll(view, data, method.batch_size)
+            if method.objective in USES_REFERENCE
+            else torch.zeros(len(data.forget), device=view.model.device)
+        )
 
     def __call__(self, forget: Sequence[int], retain: Sequence[int]) -> Terms:
         batch, n = self._data.batch(forget, retain).to(self._view.model.device), len(forget)
         with capture_routing(self._view, tuple(self._anchored)) as routing:
-            answers = answer_logits(self._view.model, batch)
-        nll, tokens = losses.sequence_nll(answers.logits, answers.target, answers.row, answers.num_sequences)
+            nll, tokens = _likelihood(self._view, batch)
         forget_term = self._term(nll[:n], tokens[:n], self._reference[list(forget)], self._method)
         retain_term = losses.cross_entropy(nll[n:], tokens[n:]) if retain else nll.new_zeros(())
         return Terms(forget_term, retain_term, _anchor(routing, self._anchored, batch, n))
+
+
+def _likelihood(view: MoEView, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """l [B] and the number of label tokens [B] of each sequence."""
+    answers = answer_logits(view.model, batch)
+    return losses.sequence_nll(answers.logits, answers.target, answers.row, answers.num_sequences)
 
 
 @torch.no_grad()
@@ -100,10 +112,7 @@ def _reference_nll(view: MoEView, data: TrainingData, batch_size: int) -> torch.
     parts = []
     for start in range(0, len(data.forget), batch_size):
         batch = collate(data.forget[start : start + batch_size]).to(view.model.device)
-        answers = answer_logits(view.model, batch)
-        parts.append(
-            losses.sequence_nll(answers.logits, answers.target, answers.row, answers.num_sequences)[0]
-        )
+        parts.append(_likelihood(view, batch)[0])
     return torch.cat(parts)
 
 
@@ -139,7 +148,7 @@ class HiddenStateObjective:
         for start in range(0, len(encoded), self._method.batch_size):
             rows = encoded[start : start + self._method.batch_size]
             batch = collate(rows).to(self._view.model.device)
-            states, mask = layer_states(self._view.model, self._layer, batch).float(), predicts_label(batch)
+            states, mask = layer_states(self._view.model, self._layer, batch).float(), batch.predicts_label()
             # Copies: a view would keep the padding of its whole batch alive.
             found += [
                 (states[i, : len(r.input_ids)].clone(), mask[i, : len(r.input_ids)]) for i, r in enumerate(rows)
@@ -150,7 +159,7 @@ class HiddenStateObjective:
         batch, n = self._data.batch(forget, retain).to(self._view.model.device), len(forget)
         with capture_routing(self._view, tuple(self._anchored)) as routing:
             states = layer_states(self._view.model, self._layer, batch)
-        mask = predicts_label(batch)
+        mask = batch.predicts_label()
         forget_term = losses.masked_mse(states[:n], self._goal, mask[:n])
         retain_term = states.new_zeros((), dtype=torch.float32)
         if retain:
@@ -162,13 +171,6 @@ class HiddenStateObjective:
                 states[n:], reference, mask[n:]
             )
         return Terms(forget_term, retain_term, _anchor(routing, self._anchored, batch, n))
-
-
-def predicts_label(batch: Batch) -> torch.Tensor:
-    """[B, S], true at the positions whose next token is a label."""
-    mask = torch.zeros_like(batch.labels, dtype=torch.bool)
-    mask[:, :-1] = batch.labels[:, 1:] != -100
-    return mask
 
 
 def _anchor(
