@@ -90,7 +90,7 @@ def build_reference(*, twin: bool) -> Any:
     from seuf_core import reference
 
     with progress_bar() as bar:
-        task = bar.add_task("Twin (no chemistry)" if twin else "Reference model", total=None)
+        task = bar.add_task("Twin (no chemistry)" if twin else "Reference model", total=None, note="")
 
         def show(step: int, total: int, loss: float) -> None:
             bar.update(task, completed=step, total=total, note=f"loss {loss:.2f}")
@@ -108,10 +108,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    bar = Progress(*columns, console=console)
-    add = bar.add_task
-    bar.add_task = lambda *args, **kw: add(*args, **{"note": "", **kw})  # type: ignore[method-assign]
-    return bar
+    return Progress(*columns, console=console)
 
 
 @contextmanager
@@ -169,7 +166,7 @@ def run_job(
         ids["model"], ids["forget"], retain_set=ids["retain"], evaluation_set=ids["evaluation"], method=method
     )
     with progress_bar() as bar:
-        task = bar.add_task(column, total=None)
+        task = bar.add_task(column, total=None, note="")
         for event in client.events(job["id"]):
             data = event["data"]
             if event["type"] == "phase":
@@ -193,16 +190,21 @@ def seconds_of(job: Job) -> float:
     return (finished - started).total_seconds()
 
 
+def test_part(probes: Path, method: dict[str, Any]) -> list[Any]:
+    """The probes of the test part, as the job split them."""
+    from seuf_core.data.parts import split_records
+    from seuf_core.data.records import read_probes
+
+    shares = tuple(method["splits"][part] for part in ("train", "selection", "test"))
+    return split_records(read_probes(probes), method["seed"], shares).test  # type: ignore[arg-type]
+
+
 def ask_both(base: Path, unlearned: Path, probes: Path, method: dict[str, Any]) -> None:
     """Ask the same questions of both models, with nothing but transformers; facts the training never saw."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from seuf_core.data.parts import split_records
-    from seuf_core.data.records import read_probes
-
-    shares = tuple(method["splits"][part] for part in ("train", "selection", "test"))
-    test = split_records(read_probes(probes), method["seed"], shares).test
+    test = test_part(probes, method)
     tokenizer = AutoTokenizer.from_pretrained(unlearned)
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (base, unlearned)]
     table = Table(
@@ -264,15 +266,11 @@ class Figures:
 
     def add_twin(self, twin: Any, method: dict[str, Any]) -> None:
         """The twin on the same test probes."""
-        from seuf_core.data.parts import split_records
-        from seuf_core.data.records import read_probes
         from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
         from seuf_core.pipeline import load
 
-        shares = tuple(method["splits"][part] for part in ("train", "selection", "test"))
-        test = split_records(read_probes(twin.probes), method["seed"], shares).test
         model, tokenizer = load(twin.model)
-        probes = encode_probes(tokenizer, test, method["max_length"])
+        probes = encode_probes(tokenizer, test_part(twin.probes, method), method["max_length"])
         for row in summarise(probes, score_probes(model, probes)):
             if row["name"] in ("choice", "open", "ranked_last"):
                 self.add(f"{row['name']}/{row['domain']}/twin", row["value"], "share")
