@@ -58,8 +58,9 @@ contract: setup ## Check which package may import which (import-linter)
 
 check: lint types contract test ## All that CI checks
 
-docs: setup ## Write the pages that are made from the code
+docs: setup ## Write what is made from the code and the figures: the method page, the README's table
 	$(BIN)/python scripts/method_reference.py
+	$(BIN)/python scripts/results_table.py
 
 lock: ## Make requirements.lock again from pyproject.toml, in a new environment
 	PYTHON=$(PYTHON) scripts/lock
