@@ -16,7 +16,6 @@ from api.context import TheCaller, TheService
 from api.docs import problems
 from api.problems import FieldError, Problem, at
 from seuf_core.data.records import FileSummary, Limits, Purpose, RecordReader
-from seuf_core.method import Method
 from store.audit import Audit
 from store.errors import NotFoundError
 from store.files import Files, artefact_key
@@ -63,17 +62,11 @@ def submit_job(
 
 def _check_needs_retain(body: schemas.JobCreate) -> None:
     if body.method.needs_retain and body.retain_set is None:
-        method: Method = body.method
-        why = (
-            f"retain_loss {method.retain_loss}"
-            if method.retain_loss != "none"
-            else f"attribution {method.attribution}"
-        )
         raise at(
             "/retain_set",
             422,
             "retain_set_required",
-            f"This method ({why}) needs a retain set and the job has none.",
+            f"This method ({body.method.retain_needed_by}) needs a retain set and the job has none.",
             'Add retain_set, or use {"objective": "gradient_ascent", "attribution": "affinity"}.',
         )
 

@@ -49,10 +49,9 @@ def read_inputs(
     observer.phase("validating", 0, 1)
     facts = inspect_model(model)
     if retain is None and method.needs_retain:
-        why = f"retain_loss {method.retain_loss}" if method.retain_loss != "none" else "attribution contrast"
         raise MethodError(
             "retain_set_required",
-            f"{why} needs a retain set, and none was given.",
+            f"{method.retain_needed_by} needs a retain set, and none was given.",
             "Give one, or use objective gradient_ascent with attribution affinity.",
             "/retain_set",
         )

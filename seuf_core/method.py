@@ -187,7 +187,16 @@ class Method(BaseModel):
     @property
     def needs_retain(self) -> bool:
         """Whether the job cannot run without a retain set."""
-        return self.retain_loss != "none" or (self.attribution == "contrast" and self.scope != "full")
+        return self.retain_needed_by is not None
+
+    @property
+    def retain_needed_by(self) -> str | None:
+        """The field that cannot do without a retain set, with its value; None when nothing needs one."""
+        if self.retain_loss != "none":
+            return f"retain_loss {self.retain_loss}"
+        if self.attribution == "contrast" and self.scope != "full":
+            return f"attribution {self.attribution}"
+        return None
 
     @property
     def ladder(self) -> tuple[float, ...]:
