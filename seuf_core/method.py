@@ -10,14 +10,31 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Scope = Literal["seuf", "random_expert", "full"]
-Attribution = Literal["contrast", "affinity", "random"]
+Scope = Literal["seuf", "random_expert", "top_m", "esft", "lora", "router_only", "experts_only", "full"]
+Attribution = Literal["contrast", "affinity", "token_share", "gate_full", "gradient", "random"]
 Spread = Literal["one_per_layer", "across_layers", "same_layer"]
-RouterMode = Literal["freeze", "train"]
-Objective = Literal["gradient_ascent", "gradient_difference", "npo", "rmu", "adaptive_rmu"]
-RetainLoss = Literal["none", "cross_entropy", "hidden_mse"]
+RouterMode = Literal["freeze", "train", "project"]
+Objective = Literal[
+    "gradient_ascent",
+    "gradient_difference",
+    "npo",
+    "simnpo",
+    "rmu",
+    "adaptive_rmu",
+    "dpo",
+    "undial",
+    "ce_u",
+    "wga",
+    "satimp",
+    "pdu",
+]
+RetainLoss = Literal["none", "cross_entropy", "kl", "hidden_mse"]
 
 HIDDEN_STATE_OBJECTIVES: Final[frozenset[str]] = frozenset({"rmu", "adaptive_rmu"})
+# Scopes that choose experts at all; the others train a part of the model that has no experts in it, or everything.
+EXPERT_SCOPES: Final[frozenset[str]] = frozenset(
+    {"seuf", "random_expert", "top_m", "esft", "router_only", "experts_only"}
+)
 
 # What a preset sets. The fields' own defaults are the preset `default`: the best found on models the project
 # trained itself (docs/explanation/method.md). `paper` is arXiv 2411.18797.
@@ -30,10 +47,17 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "objective": "gradient_difference",
     },
 }
+# What a scope settles by itself. A field that is given stays; the checks below say whether it can.
+_SCOPE_SETTLES: Final[dict[str, dict[str, Any]]] = {
+    "top_m": {"spread": "across_layers"},
+    "esft": {"attribution": "token_share", "experts": "auto", "router": "freeze"},
+    "experts_only": {"router": "freeze"},
+    "router_only": {"router": "train"},
+    "lora": {"router": "freeze"},
+}
+# The objectives whose retain term is not cross-entropy unless it is given.
 _RETAIN_LOSS_OF: Final[dict[str, RetainLoss]] = {
     "gradient_ascent": "none",
-    "gradient_difference": "cross_entropy",
-    "npo": "cross_entropy",
     "rmu": "hidden_mse",
     "adaptive_rmu": "hidden_mse",
 }
@@ -70,50 +94,82 @@ class Method(BaseModel):
     preset: Literal["default", "paper"] = Field(
         "default", description="Where fields that are not given come from."
     )
+    # What is trained
     scope: Scope = Field(
         "seuf",
-        description="What is trained: the selected experts, as many random experts of the same layers, or everything.",
+        description="What is trained. `seuf` = the selected experts and, as `router` says, the routers of their "
+        "layers; `random_expert` = as many random experts of the same layers; `top_m` = the `experts` best of the "
+        "whole model; `esft` = in every layer the experts that serve the share `esft_share` of the tokens; "
+        "`experts_only` and `router_only` = one half of `seuf`; `lora` = low-rank adapters on every linear layer "
+        "outside the experts, merged at the end; `full` = everything.",
     )
     attribution: Attribution = Field(
         "contrast",
         description="How experts are scored: `contrast` = affinity on forget minus affinity on retain, "
-        "`affinity` = Eq. 2 of the paper, `random` = seeded.",
+        "`affinity` = Eq. 2 of the paper, `token_share` = share of the tokens' places (ESFT), `gate_full` = the "
+        "router's score whether selected or not, `gradient` = |gradient . weight| of the forget loss, "
+        "`random` = seeded.",
     )
-    experts: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+    experts: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto",
-        description="How many experts are trained; `auto` = the smallest set that covers the forget answers.",
+        description="How many experts are trained; `auto` = the smallest set that covers the forget answers, "
+        "grown while the bound is missed.",
     )
     coverage: float = Field(
         0.75,
         gt=0,
         le=1,
-        description="With experts = auto: share of forget answer tokens the chosen experts must see.",
+        description="With experts = auto: share of forget answer tokens the chosen experts must see at first.",
     )
-    max_experts: int = Field(12, ge=1, le=64, description="With experts = auto: never more than this many.")
+    max_experts: int = Field(12, ge=1, le=4096, description="With experts = auto: never more than this many.")
     spread: Spread = Field(
         "one_per_layer",
         description="Where several experts lie: `one_per_layer` = the best of each layer before the second best of "
         "any, `across_layers` = the top of the whole model, `same_layer` = the top of the best layer.",
     )
+    esft_share: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="Scope esft: share of a layer's token places its chosen experts must hold (p).",
+    )
+    lora_rank: int = Field(8, ge=1, le=4096, description="Scope lora: rank of the adapters.")
+    lora_alpha: float = Field(
+        16.0, gt=0, le=1e4, description="Scope lora: the adapters are scaled by this over their rank."
+    )
+    # Routers
     router: RouterMode = Field(
         "freeze",
         description="`freeze`: routing of the target layers cannot change. `train`: their routers learn too, with the "
-        "anchor. Scope `full` trains every router, without an anchor.",
+        "anchor. `project`: they learn only where retain tokens do not see it (GRIP). Scope `full` trains every "
+        "router, without an anchor.",
     )
+    anchor_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1e4,
+        description="Weight of the router anchor, Eq. 3 (alpha); used when routers are trained.",
+    )
+    project_energy: float = Field(
+        0.99,
+        gt=0,
+        le=1,
+        description="router = project: share of the retain inputs' energy (squared singular values) that an "
+        "expert's router row must not see change; 1 = the exact null space of GRIP.",
+    )
+    # Losses
     objective: Objective = Field("npo", description="The forget term.")
     retain_loss: RetainLoss = Field(
         "cross_entropy", description="The retain term; when it is not given it follows the objective."
     )
     retain_weight: float = Field(1.0, ge=0, le=1e4, description="Weight of the retain term (lambda).")
-    anchor_weight: float = Field(
-        1.0, ge=0, le=1e4, description="Weight of the router anchor, Eq. 3 (alpha); used when router = train."
-    )
     npo_beta: float = Field(0.1, gt=0, le=100, description="Inverse temperature of NPO (b).")
-    rmu_coefficient: float = Field(
-        20.0,
-        gt=0,
-        le=1e6,
-        description="Length of RMU's random target vector (c), in units of the hidden state.",
+    simnpo_beta: float = Field(2.5, gt=0, le=100, description="Inverse temperature of SimNPO (b).")
+    simnpo_margin: float = Field(0.0, ge=-100, le=100, description="SimNPO's margin (d), nats a token.")
+    rmu_coefficient: Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)] = Field(
+        "auto",
+        description="Length of RMU's random target vector (c), in units of the hidden state; `auto` = five times "
+        "the mean norm of the forget hidden states, as adaptive RMU has it.",
     )
     adaptive_rmu_scale: float = Field(
         5.0,
@@ -121,16 +177,53 @@ class Method(BaseModel):
         le=1e4,
         description="Adaptive RMU: c = this times the mean norm of the forget hidden states.",
     )
+    rmu_layer: Literal["auto"] | Annotated[int, Field(ge=0, le=1000)] = Field(
+        "auto",
+        description="RMU: the decoder layer whose output is steered; `auto` = the highest target layer.",
+    )
     hidden_retain_weight: float = Field(
         1.0, ge=0, le=1e6, description="Weight of the hidden-state retain term of RMU (a)."
     )
+    dpo_beta: float = Field(0.1, gt=0, le=100, description="Inverse temperature of DPO (b).")
+    dpo_alternative: str = Field(
+        "I don't know.",
+        min_length=1,
+        max_length=1000,
+        description="DPO: the preferred answer of examples that bring no `alternative` of their own.",
+    )
+    undial_strength: float = Field(
+        10.0, ge=0, le=1e3, description="UNDIAL: how much the true token's logit is lowered (b)."
+    )
+    wga_beta: float = Field(
+        1.0, ge=0, le=100, description="WGA: weight of a token is its probability to this (b)."
+    )
+    satimp_beta1: float = Field(5.0, ge=0, le=100, description="SatImp: exponent of p in a token's weight.")
+    satimp_beta2: float = Field(
+        1.0, ge=0, le=100, description="SatImp: exponent of 1 - p in a token's weight."
+    )
+    pdu_slack: float = Field(
+        0.1,
+        ge=0,
+        le=100,
+        description="PDU: what the retain loss may exceed the base model's by (nats a token) before its weight grows.",
+    )
+    pdu_rate: float = Field(1.0, gt=0, le=1e3, description="PDU: step of the dual variable (eta).")
+    # How strong, how long
+    strength: Literal["auto", "fixed"] = Field(
+        "auto",
+        description="`auto` = rates and step are found by the selection rule. `fixed` = one run of exactly `steps` "
+        "steps at the given `learning_rate`, and its last step is the result: a published setting, reproduced.",
+    )
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = Field(
         "auto",
-        description="AdamW's constant rate; `auto` tries `learning_rate_ladder` from the same start, strongest "
-        "first, until a step has forgotten enough.",
+        description="AdamW's constant rate; `auto` tries a short ladder from the same start, strongest first, "
+        "until a step has forgotten enough.",
     )
     learning_rate_ladder: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
-        None, min_length=1, max_length=8, description="Rates tried by learning_rate = auto; null = by scope."
+        None,
+        min_length=1,
+        max_length=8,
+        description="Rates tried by learning_rate = auto; null = in proportion to the trained weights' size.",
     )
     steps: int = Field(200, ge=1, le=100_000, description="Optimiser steps at most.")
     batch_size: int = Field(
@@ -158,31 +251,33 @@ class Method(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
+    def _fill(cls, given: Any) -> Any:
+        """What is not given comes from the preset, then from what scope and objective settle by themselves."""
         if not isinstance(given, dict):
             return given
-        preset = PRESETS.get(given.get("preset", "default"), {})
-        filled = {**preset, **given}
-        objective = filled.get("objective")
-        if "retain_loss" not in given and isinstance(objective, str) and objective in _RETAIN_LOSS_OF:
-            filled["retain_loss"] = _RETAIN_LOSS_OF[objective]
-        return filled
+        filled = {**PRESETS.get(_word(given, "preset", "default"), {}), **given}
+        settled = dict(_SCOPE_SETTLES.get(_word(filled, "scope", "seuf"), {}))
+        if "retain_loss" not in given:
+            settled["retain_loss"] = _RETAIN_LOSS_OF.get(_word(filled, "objective", "npo"), "cross_entropy")
+        return {**filled, **{name: value for name, value in settled.items() if name not in given}}
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Method:
-        hidden = self.objective in HIDDEN_STATE_OBJECTIVES
-        if self.retain_loss == "hidden_mse" and not hidden:
-            raise ValueError(
-                f"retain_loss hidden_mse belongs to rmu and adaptive_rmu, not to {self.objective}; use cross_entropy"
-            )
-        if self.retain_loss == "cross_entropy" and hidden:
-            raise ValueError(
-                f"retain_loss cross_entropy does not go with {self.objective}, which runs no output head; "
-                "use hidden_mse or none"
-            )
-        if self.scope == "full" and hidden:
-            raise ValueError(f"scope full has no target layer, which {self.objective} needs; use npo")
+        problems = (rule(self) for rule in (_losses_misfit, _scope_misfit, _router_misfit, _strength_misfit))
+        for problem in problems:
+            if problem is not None:
+                raise ValueError(problem)
         return self
+
+    @property
+    def selects_experts(self) -> bool:
+        """Whether the scope is one of chosen experts, so that a model without experts cannot have it."""
+        return self.scope in EXPERT_SCOPES
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether routers of the target layers are trained, and so anchored."""
+        return self.selects_experts and self.router != "freeze"
 
     @property
     def needs_retain(self) -> bool:
@@ -194,8 +289,10 @@ class Method(BaseModel):
         """The field that cannot do without a retain set, with its value; None when nothing needs one."""
         if self.retain_loss != "none":
             return f"retain_loss {self.retain_loss}"
-        if self.attribution == "contrast" and self.scope != "full":
+        if self.attribution == "contrast" and self.selects_experts:
             return f"attribution {self.attribution}"
+        if self.router == "project":
+            return "router project"
         return None
 
     @property
@@ -206,6 +303,58 @@ class Method(BaseModel):
         if self.learning_rate_ladder is not None:
             return tuple(sorted(self.learning_rate_ladder, reverse=True))
         return LADDERS["full" if self.scope == "full" else "experts"]
+
+
+def _word(fields: dict[str, Any], name: str, default: str) -> str:
+    """A field that is not validated yet, as something that can be looked up."""
+    value = fields.get(name, default)
+    return value if isinstance(value, str) else ""
+
+
+def _losses_misfit(method: Method) -> str | None:
+    hidden, retain = method.objective in HIDDEN_STATE_OBJECTIVES, method.retain_loss
+    if retain == "hidden_mse" and not hidden:
+        return f"retain_loss hidden_mse belongs to rmu and adaptive_rmu, not to {method.objective}; use cross_entropy"
+    if hidden and retain in ("cross_entropy", "kl"):
+        return (
+            f"retain_loss {retain} does not go with {method.objective}, which runs no output head; "
+            "use hidden_mse or none"
+        )
+    if method.objective == "pdu" and retain == "none":
+        return "objective pdu weighs its retain loss while it trains and needs one; use retain_loss cross_entropy"
+    if hidden and not method.selects_experts and method.rmu_layer == "auto":
+        return f"scope {method.scope} has no target layer, which {method.objective} steers; give rmu_layer, or use npo"
+    return None
+
+
+def _scope_misfit(method: Method) -> str | None:
+    if method.scope == "top_m" and method.experts == "auto":
+        return "scope top_m takes a given number of experts; give experts, such as 6, or use scope seuf"
+    if method.scope == "top_m" and method.spread == "one_per_layer":
+        return (
+            "scope top_m takes the best of the model or of one layer; use spread across_layers or same_layer"
+        )
+    if method.scope == "esft" and method.experts != "auto":
+        return "scope esft takes as many experts a layer as esft_share needs; leave experts out"
+    if method.scope == "esft" and method.attribution != "token_share":
+        return f"scope esft chooses by token_share, not by {method.attribution}; leave attribution out"
+    return None
+
+
+def _router_misfit(method: Method) -> str | None:
+    if method.scope == "router_only" and method.router == "freeze":
+        return "scope router_only trains routers and nothing else; use router train or project"
+    if method.scope in ("experts_only", "esft", "lora") and method.router != "freeze":
+        return f"scope {method.scope} trains no router; use router freeze, or scope seuf"
+    if method.scope == "full" and method.router == "project":
+        return "scope full trains every router freely; use router train or freeze, or scope seuf"
+    return None
+
+
+def _strength_misfit(method: Method) -> str | None:
+    if method.strength == "fixed" and method.learning_rate == "auto":
+        return "strength fixed searches for nothing; give learning_rate"
+    return None
 
 
 # A whole model diverges at rates one expert needs (docs/explanation/method.md): each gets its own ladder, with

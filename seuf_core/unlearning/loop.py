@@ -67,6 +67,7 @@ def train_rung(run: Run, rung: int, learning_rate: float) -> RungResult:
     state = TrainingState.load(path, fingerprint) or _start(run)
     assign(run.trainable, state.values)
     restore_moments(optimizer, leaves, state.moments)
+    run.objective.load_state(state.objective)
     with run.trainable.attached():
         while not state.finished:
             terms = _step(run, optimizer, state.step)
@@ -82,6 +83,7 @@ def train_rung(run: Run, rung: int, learning_rate: float) -> RungResult:
             cancelled = run.observer.cancelled()
             if state.finished or looked or cancelled:
                 state.values, state.moments = snapshot(run.trainable), moments_of(optimizer, leaves)
+                state.objective = run.objective.state()
                 state.save(path, fingerprint)
             if cancelled and not state.finished:
                 raise Cancelled
@@ -111,6 +113,7 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None
         return None
     loss.backward()
     optimizer.step()
+    run.trainable.constrain()
     return terms
 
 

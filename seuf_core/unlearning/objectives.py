@@ -28,16 +28,26 @@ class Terms:
     forget: torch.Tensor
     retain: torch.Tensor
     anchor: torch.Tensor
+    retain_weight: float | None = None  # lambda, of an objective that finds its own
 
     def total(self, method: Method) -> torch.Tensor:
         """forget + lambda * retain + alpha * anchor."""
-        return self.forget + method.retain_weight * self.retain + method.anchor_weight * self.anchor
+        weight = method.retain_weight if self.retain_weight is None else self.retain_weight
+        return self.forget + weight * self.retain + method.anchor_weight * self.anchor
 
 
 class Objective(Protocol):
     """The loss of one step on the given examples of the training parts."""
 
     def __call__(self, forget: Sequence[int], retain: Sequence[int]) -> Terms: ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the objective learns while it trains, for the training checkpoint; of most, nothing."""
+        ...
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from `state`; an empty one is the beginning."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,13 +81,23 @@ def build_objective(
     view: MoEView, method: Method, data: TrainingData, targets: dict[int, tuple[int, ...]]
 ) -> Objective:
     """The objective of a method, with its references computed from the model as it is now."""
-    anchored = targets if method.router == "train" and method.scope != "full" else {}
+    anchored = targets if method.trains_router else {}
     if method.objective in HIDDEN_STATE_OBJECTIVES:
         return HiddenStateObjective(view, method, data, targets, anchored)
     return LikelihoodObjective(view, method, data, anchored)
 
 
-class LikelihoodObjective:
+class _Stateless:
+    """The state of an objective that learns nothing."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        pass
+
+
+class LikelihoodObjective(_Stateless):
     """gradient_ascent, gradient_difference, npo: the forget term is a function of l and l_ref."""
 
     def __init__(
@@ -116,7 +136,7 @@ def _reference_nll(view: MoEView, data: TrainingData, batch_size: int) -> torch.
     return torch.cat(parts)
 
 
-class HiddenStateObjective:
+class HiddenStateObjective(_Stateless):
     """rmu and adaptive_rmu: push the output of one decoder layer to c * u on forget, hold it on retain.
 
     The layer is the highest target layer; nothing above it is run. Only positions that predict a label token
@@ -135,7 +155,7 @@ class HiddenStateObjective:
         self._layer = max(targets)
         self._retain_reference = [states for states, _ in self._states(data.retain)]
         coefficient = method.rmu_coefficient
-        if method.objective == "adaptive_rmu":
+        if method.objective == "adaptive_rmu" or coefficient == "auto":
             norms = torch.cat([states[mask].norm(dim=-1) for states, mask in self._states(data.forget)])
             coefficient = method.adaptive_rmu_scale * float(norms.mean())
         hidden_size = view.model.config.hidden_size

@@ -27,6 +27,10 @@ class Trainable(Protocol):
         """Inside the block the model computes with these parameters and gradients reach them."""
         ...
 
+    def constrain(self) -> None:
+        """After an optimiser step: bring the parameters back to where they may be. Most may be anywhere."""
+        ...
+
     def merge(self) -> None:
         """Write the parameters into the model for good."""
         ...
@@ -48,6 +52,9 @@ class ExpertScope:
 
     def attached(self) -> AbstractContextManager[None]:
         return self._targets.attached()
+
+    def constrain(self) -> None:
+        pass
 
     def merge(self) -> None:
         self._targets.merge()
@@ -78,6 +85,9 @@ class WholeModelScope:
             yield
         finally:
             self._view.model.requires_grad_(False)
+
+    def constrain(self) -> None:
+        pass
 
     def merge(self) -> None:
         """Nothing to do: the optimiser moved the model's own parameters."""

@@ -22,7 +22,8 @@ from seuf_core.unlearning.scopes import Values
 
 @dataclass
 class TrainingState:
-    """A run between two steps. `moments` holds AdamW's `exp_avg`, `exp_avg_sq` and `step` of each parameter."""
+    """A run between two steps. `moments` holds AdamW's `exp_avg`, `exp_avg_sq` and `step` of each parameter,
+    `objective` what the objective itself learns (the dual variable of PDU; of most, nothing)."""
 
     step: int
     values: Values
@@ -30,11 +31,13 @@ class TrainingState:
     best_values: Values
     looks: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
+    objective: Values = field(default_factory=dict)
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write atomically; `fingerprint` names the run the file belongs to."""
         tensors = {f"value/{name}": tensor for name, tensor in self.values.items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_values.items()}
+        tensors |= {f"objective/{name}": tensor for name, tensor in self.objective.items()}
         for name, moments in self.moments.items():
             tensors |= {f"adam/{key}/{name}": tensor for key, tensor in moments.items()}
         meta = {"step": self.step, "looks": self.looks, "finished": self.finished, "fingerprint": fingerprint}
@@ -60,7 +63,8 @@ class TrainingState:
                     moment, name = rest.split("/", 1)
                     state.moments.setdefault(name, {})[moment] = file.get_tensor(key)
                 else:
-                    (state.values if kind == "value" else state.best_values)[rest] = file.get_tensor(key)
+                    kept = {"value": state.values, "best": state.best_values, "objective": state.objective}
+                    kept[kind][rest] = file.get_tensor(key)
         return state
 
 

@@ -67,9 +67,7 @@ def make_run(
 ) -> tuple[Run, list[Values]]:
     """A run from the base weights, and the values the model had at each of its looks."""
     view = moe_view(tiny.build_model("olmoe", tie_word_embeddings=True))
-    trainable: Trainable = (
-        WholeModelScope(view) if whole else ExpertScope(view, TARGETS, train_router=False)
-    )
+    trainable: Trainable = WholeModelScope(view) if whole else ExpertScope(view, TARGETS, train_router=False)
     method = METHOD.model_copy(update=fields)
     data = TrainingData(FORGET, RETAIN)
     seen: list[Values] = []
@@ -151,6 +149,18 @@ def test_a_base_that_never_knew_is_trained_all_the_same(tmp_path: Path) -> None:
     assert observer.of("step", "step")[-1] == 6
 
 
+class Wrapped:
+    """An objective whose terms are made by another function; its state is its own."""
+
+    def __init__(
+        self, objective: Objective, terms_of: Callable[[Sequence[int], Sequence[int]], Terms]
+    ) -> None:
+        self._terms_of, self.state, self.load_state = terms_of, objective.state, objective.load_state
+
+    def __call__(self, forget: Sequence[int], retain: Sequence[int]) -> Terms:
+        return self._terms_of(forget, retain)
+
+
 def nan_from(call: int) -> Callable[[Objective], Objective]:
     """The objective, giving NaN from its `call`-th call on."""
 
@@ -162,7 +172,7 @@ def nan_from(call: int) -> Callable[[Objective], Objective]:
             terms = objective(forget, retain)
             return replace(terms, forget=terms.forget * math.nan) if len(calls) >= call else terms
 
-        return terms_of
+        return Wrapped(objective, terms_of)
 
     return wrap
 
@@ -198,7 +208,7 @@ def test_each_step_trains_on_the_batches_of_its_number(tmp_path: Path) -> None:
             taken.append((list(forget), list(retain)))
             return objective(forget, retain)
 
-        return terms_of
+        return Wrapped(objective, terms_of)
 
     run, _ = make_run(tmp_path, wrap=wrap, seed=3)
     train_rung(run, 0, 1e-3)
@@ -213,7 +223,7 @@ def test_what_has_no_gradient_stays(tmp_path: Path) -> None:
             terms = objective(forget, retain)
             return Terms(terms.forget * 0, terms.retain * 0, terms.anchor)
 
-        return terms_of
+        return Wrapped(objective, terms_of)
 
     run, _ = make_run(tmp_path, wrap=wrap)
     train_rung(run, 0, 1e-2)
