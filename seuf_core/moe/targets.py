@@ -34,9 +34,17 @@ class TargetExperts:
         view: the loaded model; it is not changed before `attached` or `merge`.
         targets: decoder layer index -> experts.
         train_router: whether the routers of these layers are trained too.
+        train_experts: False leaves the experts as they are: the targets only say which routers are trained.
     """
 
-    def __init__(self, view: MoEView, targets: Mapping[int, tuple[int, ...]], *, train_router: bool) -> None:
+    def __init__(
+        self,
+        view: MoEView,
+        targets: Mapping[int, tuple[int, ...]],
+        *,
+        train_router: bool,
+        train_experts: bool = True,
+    ) -> None:
         self.view = view
         self.targets = {layer: tuple(sorted(experts)) for layer, experts in sorted(targets.items())}
         self.experts: dict[int, dict[int, Leaves]] = {
@@ -44,7 +52,7 @@ class TargetExperts:
                 expert: {
                     name: _leaf(rows) for name, rows in expert_parameters(view.layer(layer), expert).items()
                 }
-                for expert in experts
+                for expert in (experts if train_experts else ())
             }
             for layer, experts in self.targets.items()
         }
