@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 from api import files, schemas, views
 from api.context import TheCaller, TheService
 from api.docs import problems
-from api.problems import FieldError, Problem, at
+from api.problems import FieldError, Problem, at, from_seuf_error
 from seuf_core.data.records import FileSummary, Limits, Purpose, RecordReader
+from seuf_core.errors import MethodError
 from store.audit import Audit
 from store.errors import NotFoundError
 from store.files import Files, artefact_key
@@ -39,7 +40,10 @@ def submit_job(
 
     The method is completed from its preset now and stored with the job: what this answer shows is what runs.
     """
-    _check_needs_retain(body)
+    try:
+        body.method.check_retain(given=body.retain_set is not None)
+    except MethodError as error:
+        raise from_seuf_error(error, "/retain_set") from error
     inline = _checked_inline(body)
     placed = {purpose: files.place(service, io.BytesIO(content)) for purpose, (_, content) in inline.items()}
     try:
@@ -58,17 +62,6 @@ def submit_job(
     response.headers["Location"] = f"/jobs/{row.id}"
     response.headers["Retry-After"] = str(POLL_SECONDS)
     return views.job(row)
-
-
-def _check_needs_retain(body: schemas.JobCreate) -> None:
-    if body.method.needs_retain and body.retain_set is None:
-        raise at(
-            "/retain_set",
-            422,
-            "retain_set_required",
-            f"This method ({body.method.retain_needed_by}) needs a retain set and the job has none.",
-            'Add retain_set, or use {"objective": "gradient_ascent", "attribution": "affinity"}.',
-        )
 
 
 def _checked_inline(body: schemas.JobCreate) -> dict[Purpose, tuple[FileSummary, bytes]]:

@@ -32,20 +32,39 @@ _ANY_FIX: Final = "Correct it; /openapi.json says what it takes."
 def field_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> list[dict[str, Any]]:
     """Keyword arguments of `FieldError`, one per offending place.
 
-    The alternatives of a union fail one by one in pydantic; here they are one error, "this, or that".
+    The alternatives of a union fail one by one in pydantic; here they are one error, "this, or that". Fields
+    that do not go together (seuf_core.method.Misfit) are one error in pydantic; here each that was given is one.
     """
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     for error in errors:
-        field = _one(error, body)
-        key = (field.get("pointer", ""), field.get("parameter", ""))
-        if key in merged:
-            before = merged[key]
-            if field["detail"] not in before["detail"]:
-                before["detail"] = f"{before['detail'].rstrip('.')}, or: {field['detail']}"
-                before["fix"] = "Send one of these."
-        else:
-            merged[key] = field
+        for field in _places(error, body):
+            key = (field.get("pointer", ""), field.get("parameter", ""))
+            if key in merged:
+                before = merged[key]
+                if field["detail"] not in before["detail"]:
+                    before["detail"] = f"{before['detail'].rstrip('.')}, or: {field['detail']}"
+                    before["fix"] = "Send one of these."
+            else:
+                merged[key] = field
     return list(merged.values())
+
+
+def _places(error: Mapping[str, Any], body: Any) -> list[dict[str, Any]]:
+    """The error at its place, or at each field that it is about."""
+    place = _one(error, body)
+    context = error.get("ctx") or {}
+    if "fields" not in context:
+        return [place]
+    place |= {"detail": context["problem"], "fix": context["fix"]}
+    given = _value_at(error["loc"][1:], body)
+    named = [name for name in context["fields"] if isinstance(given, dict) and name in given]
+    return [place | {"pointer": f"{place['pointer']}/{name}"} for name in named] or [place]
+
+
+def _value_at(location: Sequence[Any], body: Any) -> Any:
+    for part in location:
+        body = body.get(part) if isinstance(body, dict) else None
+    return body
 
 
 def _one(error: Mapping[str, Any], body: Any) -> dict[str, Any]:

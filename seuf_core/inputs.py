@@ -12,7 +12,7 @@ from seuf_core.checkpoint.inspect import ModelFacts, inspect_model
 from seuf_core.checkpoint.manifest import sha256_file
 from seuf_core.data.parts import Parts, sample, split_records
 from seuf_core.data.records import Example, Probe, read_examples, read_probes
-from seuf_core.errors import DataError, MethodError
+from seuf_core.errors import DataError
 from seuf_core.evaluate.probes import probe_of
 from seuf_core.method import Method
 from seuf_core.observer import Observer
@@ -48,13 +48,7 @@ def read_inputs(
     """
     observer.phase("validating", 0, 1)
     facts = inspect_model(model)
-    if retain is None and method.needs_retain:
-        raise MethodError(
-            "retain_set_required",
-            f"{method.retain_needed_by} needs a retain set, and none was given.",
-            "Give one, or use objective gradient_ascent with attribution affinity.",
-            "/retain_set",
-        )
+    method.check_retain(given=retain is not None)
     shares = (method.splits.train, method.splits.selection, method.splits.test)
     forget_parts = split_records(read_examples(forget), method.seed, shares)
     retain_parts = split_records(read_examples(retain), method.seed, shares) if retain else None

@@ -6,9 +6,12 @@ library takes it as it is, so that a name, a range and a description exist once 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from seuf_core.errors import MethodError
 
 Scope = Literal["seuf", "random_expert", "top_m", "esft", "lora", "router_only", "experts_only", "full"]
 Attribution = Literal["contrast", "affinity", "token_share", "gate_full", "gradient", "random"]
@@ -61,6 +64,29 @@ _RETAIN_LOSS_OF: Final[dict[str, RetainLoss]] = {
     "rmu": "hidden_mse",
     "adaptive_rmu": "hidden_mse",
 }
+# How forms and pages group the fields: a group's first field -> its title; it goes on to the next group's first.
+GROUPS: Final[dict[str, str]] = {
+    "preset": "Preset",
+    "scope": "What is trained",
+    "router": "Routers",
+    "objective": "Losses",
+    "strength": "Strength and steps",
+    "splits": "Splits and seed",
+}
+# What makes a method do without a retain set: field -> value.
+_WITHOUT_RETAIN: Final[dict[str, str]] = {
+    "retain_loss": "none",
+    "attribution": "affinity",
+    "router": "freeze",
+}
+
+
+class Misfit(NamedTuple):
+    """Fields that are fine by themselves and cannot be had together; the first is the likeliest mistake."""
+
+    fields: tuple[str, ...]
+    message: str  # one sentence
+    fix: str
 
 
 class Splits(BaseModel):
@@ -263,10 +289,10 @@ class Method(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Method:
-        problems = (rule(self) for rule in (_losses_misfit, _scope_misfit, _router_misfit, _strength_misfit))
-        for problem in problems:
-            if problem is not None:
-                raise ValueError(problem)
+        for rule in (_losses_misfit, _scope_misfit, _router_misfit, _strength_misfit):
+            if (misfit := rule(self)) is not None:
+                context = {"problem": misfit.message, "fix": misfit.fix, "fields": misfit.fields}
+                raise PydanticCustomError("method_misfit", "{problem} {fix}", context)
         return self
 
     @property
@@ -282,18 +308,35 @@ class Method(BaseModel):
     @property
     def needs_retain(self) -> bool:
         """Whether the job cannot run without a retain set."""
-        return self.retain_needed_by is not None
+        return bool(self.retain_needed_by)
 
     @property
-    def retain_needed_by(self) -> str | None:
-        """The field that cannot do without a retain set, with its value; None when nothing needs one."""
-        if self.retain_loss != "none":
-            return f"retain_loss {self.retain_loss}"
-        if self.attribution == "contrast" and self.selects_experts:
-            return f"attribution {self.attribution}"
-        if self.router == "project":
-            return "router project"
-        return None
+    def retain_needed_by(self) -> tuple[str, ...]:
+        """The fields that cannot do without a retain set; empty when nothing needs one."""
+        needs = {
+            "retain_loss": self.retain_loss != "none",
+            "attribution": self.attribution == "contrast" and self.selects_experts,
+            "router": self.router == "project",
+        }
+        return tuple(field for field, needed in needs.items() if needed)
+
+    def check_retain(self, *, given: bool) -> None:
+        """Refuse a method that needs a retain set and has none.
+
+        Raises:
+            MethodError: `retain_set_required`.
+        """
+        if given or not self.needs_retain:
+            return
+        fields = self.retain_needed_by
+        needs = " and ".join(f"{field} {getattr(self, field)}" for field in fields)
+        without = ", ".join(f"{field} {_WITHOUT_RETAIN[field]}" for field in fields)
+        raise MethodError(
+            "retain_set_required",
+            f"The job has no retain set, which {needs} cannot do without.",
+            f"Give one, or use {without}.",
+            "/retain_set",
+        )
 
     @property
     def ladder(self) -> tuple[float, ...]:
@@ -311,49 +354,62 @@ def _word(fields: dict[str, Any], name: str, default: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _losses_misfit(method: Method) -> str | None:
-    hidden, retain = method.objective in HIDDEN_STATE_OBJECTIVES, method.retain_loss
+def _losses_misfit(method: Method) -> Misfit | None:
+    hidden, retain, both = (
+        method.objective in HIDDEN_STATE_OBJECTIVES,
+        method.retain_loss,
+        ("retain_loss", "objective"),
+    )
     if retain == "hidden_mse" and not hidden:
-        return f"retain_loss hidden_mse belongs to rmu and adaptive_rmu, not to {method.objective}; use cross_entropy"
+        message = f"retain_loss hidden_mse belongs to rmu and adaptive_rmu, not to {method.objective}."
+        return Misfit(both, message, "Use cross_entropy.")
     if hidden and retain in ("cross_entropy", "kl"):
-        return (
-            f"retain_loss {retain} does not go with {method.objective}, which runs no output head; "
-            "use hidden_mse or none"
-        )
+        message = f"retain_loss {retain} does not go with {method.objective}, which runs no output head."
+        return Misfit(both, message, "Use hidden_mse or none.")
     if method.objective == "pdu" and retain == "none":
-        return "objective pdu weighs its retain loss while it trains and needs one; use retain_loss cross_entropy"
+        message = "objective pdu weighs its retain loss while it trains, and retain_loss is none."
+        return Misfit(both, message, "Use retain_loss cross_entropy or kl.")
     if hidden and not method.selects_experts and method.rmu_layer == "auto":
-        return f"scope {method.scope} has no target layer, which {method.objective} steers; give rmu_layer, or use npo"
+        message = f"scope {method.scope} has no target layer, which {method.objective} steers."
+        return Misfit(("rmu_layer", "objective", "scope"), message, "Give rmu_layer, or use objective npo.")
     return None
 
 
-def _scope_misfit(method: Method) -> str | None:
+def _scope_misfit(method: Method) -> Misfit | None:
     if method.scope == "top_m" and method.experts == "auto":
-        return "scope top_m takes a given number of experts; give experts, such as 6, or use scope seuf"
+        message = "scope top_m takes a given number of experts, and experts is auto."
+        return Misfit(("experts", "scope"), message, "Give experts, such as 6, or use scope seuf.")
     if method.scope == "top_m" and method.spread == "one_per_layer":
-        return (
-            "scope top_m takes the best of the model or of one layer; use spread across_layers or same_layer"
-        )
+        message = "scope top_m takes the best experts of the model or of one layer, not one_per_layer."
+        return Misfit(("spread", "scope"), message, "Use spread across_layers or same_layer.")
     if method.scope == "esft" and method.experts != "auto":
-        return "scope esft takes as many experts a layer as esft_share needs; leave experts out"
+        message = "scope esft takes as many experts of a layer as esft_share needs, not a given number."
+        return Misfit(("experts", "scope"), message, "Leave experts out.")
     if method.scope == "esft" and method.attribution != "token_share":
-        return f"scope esft chooses by token_share, not by {method.attribution}; leave attribution out"
+        message = f"scope esft chooses experts by token_share, not by {method.attribution}."
+        return Misfit(("attribution", "scope"), message, "Leave attribution out.")
     return None
 
 
-def _router_misfit(method: Method) -> str | None:
+def _router_misfit(method: Method) -> Misfit | None:
+    fields = ("router", "scope")
     if method.scope == "router_only" and method.router == "freeze":
-        return "scope router_only trains routers and nothing else; use router train or project"
+        return Misfit(
+            fields, "scope router_only trains routers and nothing else.", "Use router train or project."
+        )
     if method.scope in ("experts_only", "esft", "lora") and method.router != "freeze":
-        return f"scope {method.scope} trains no router; use router freeze, or scope seuf"
+        return Misfit(fields, f"scope {method.scope} trains no router.", "Use router freeze, or scope seuf.")
     if method.scope == "full" and method.router == "project":
-        return "scope full trains every router freely; use router train or freeze, or scope seuf"
+        return Misfit(
+            fields, "scope full trains every router freely.", "Use router train or freeze, or scope seuf."
+        )
     return None
 
 
-def _strength_misfit(method: Method) -> str | None:
+def _strength_misfit(method: Method) -> Misfit | None:
     if method.strength == "fixed" and method.learning_rate == "auto":
-        return "strength fixed searches for nothing; give learning_rate"
+        message = "strength fixed searches for nothing, and learning_rate is auto."
+        return Misfit(("learning_rate", "strength"), message, "Give learning_rate, such as 1e-4.")
     return None
 
 

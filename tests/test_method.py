@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from seuf_core.method import Method
+from seuf_core.errors import MethodError
+from seuf_core.method import GROUPS, Method
+from tests.combinations import CHOICES, IMPOSSIBLE
 
 
 @pytest.mark.parametrize("objective", ["rmu", "adaptive_rmu"])
 def test_a_retain_term_that_would_be_ignored_is_refused(objective: str) -> None:
     assert Method(objective=objective).retain_loss == "hidden_mse"  # type: ignore[arg-type]
     assert Method(objective=objective, retain_loss="none").retain_loss == "none"  # type: ignore[arg-type]
-    with pytest.raises(ValidationError, match="use hidden_mse or none"):
+    with pytest.raises(ValidationError, match="Use hidden_mse or none"):
         Method(objective=objective, retain_loss="cross_entropy")  # type: ignore[arg-type]
 
 
@@ -37,6 +39,41 @@ def test_the_retain_term_follows_the_objective_unless_it_is_given() -> None:
 )
 def test_who_needs_a_retain_set(method: Method, needs: bool) -> None:
     assert method.needs_retain == needs
+
+
+def test_a_retain_set_that_is_missing_is_asked_for_with_every_way_out() -> None:
+    method = Method(router="project")
+    method.check_retain(given=True)
+    with pytest.raises(MethodError) as refused:
+        method.check_retain(given=False)
+    assert "retain_loss cross_entropy and attribution contrast and router project" in refused.value.message
+    assert refused.value.fix is not None
+    ways_out = dict(
+        pair.split() for pair in refused.value.fix.removesuffix(".").split(" use ")[1].split(", ")
+    )
+    Method(**ways_out).check_retain(given=False)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_choice_can_be_had(name: str) -> None:
+    assert Method.model_validate(CHOICES[name])
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_cannot_be_had_together_is_refused_by_name(name: str) -> None:
+    asked, fields, word = IMPOSSIBLE[name]
+    with pytest.raises(ValidationError) as refused:
+        Method.model_validate(asked)
+    (error,) = refused.value.errors()
+    assert error["type"] == "method_misfit"
+    assert [field for field in error["ctx"]["fields"] if field in asked] == list(fields)
+    assert word in error["ctx"]["problem"]
+    assert error["ctx"]["fix"]
+
+
+def test_groups_start_at_fields_and_miss_none() -> None:
+    assert next(iter(GROUPS)) == next(iter(Method.model_fields))
+    assert [name for name in Method.model_fields if name in GROUPS] == list(GROUPS)
 
 
 def test_the_ladder_is_tried_from_the_strongest_rate_down() -> None:

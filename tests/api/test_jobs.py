@@ -103,8 +103,13 @@ BAD_JOBS = {
     "unknown method field": ({"method": {"stepz": 3}}, "extra_forbidden", "/method/stepz"),
     "fields that do not fit": (
         {"method": {"objective": "npo", "retain_loss": "hidden_mse"}},
-        "invalid_value",
-        "/method",
+        "method_misfit",
+        "/method/retain_loss",
+    ),
+    "a given field that does not fit a default": (
+        {"method": {"scope": "top_m"}},
+        "method_misfit",
+        "/method/scope",
     ),
     "splits": ({"method": {"splits": {"train": 0.9}}}, "invalid_value", "/method/splits"),
     "unknown field": ({"webhook": "x"}, "extra_forbidden", "/webhook"),
