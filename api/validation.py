@@ -23,10 +23,17 @@ _FIX: Final[dict[str, str]] = {
     "string_pattern_mismatch": "Write it as {pattern} says.",
     "string_too_short": "Use {min_length} characters or more.",
     "string_too_long": "Use {max_length} characters or fewer.",
+    "int_type": "Send a whole number.",
+    "int_parsing": "Send a whole number.",
+    "int_from_float": "Send a whole number.",
+    "float_type": "Send a number.",
+    "float_parsing": "Send a number.",
+    "finite_number": "Send a finite number.",
+    "tuple_type": "Send a JSON array.",
     "too_short": "Give {min_length} or more.",
     "too_long": "Give {max_length} or fewer.",
 }
-_ANY_FIX: Final = "Correct it; /openapi.json says what it takes."
+_ANY_FIX: Final = "Correct it; its description says what it takes."
 
 
 def field_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> list[dict[str, Any]]:
@@ -42,11 +49,21 @@ def field_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> list[dict[st
             if key in merged:
                 before = merged[key]
                 if field["detail"] not in before["detail"]:
-                    before["detail"] = f"{before['detail'].rstrip('.')}, or: {field['detail']}"
-                    before["fix"] = "Send one of these."
+                    before |= _either(before, field)
             else:
                 merged[key] = field
     return list(merged.values())
+
+
+def _either(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
+    """Two alternatives that failed at one place, as one sentence and one fix."""
+    (first, value), (second, _) = (f["detail"].rstrip(".").partition("; it is ")[::2] for f in (one, other))
+    detail = f"{first}, or {second.removeprefix('Input should be ')}"
+    fixes = [str(f["fix"] or "").rstrip(".") for f in (one, other)]
+    return {
+        "detail": f"{detail}; it is {value}." if value else f"{detail}.",
+        "fix": f"{fixes[0]}, or {fixes[1][:1].lower()}{fixes[1][1:]}.",
+    }
 
 
 def _places(error: Mapping[str, Any], body: Any) -> list[dict[str, Any]]:
@@ -76,6 +93,10 @@ def _one(error: Mapping[str, Any], body: Any) -> dict[str, Any]:
     else:
         field["parameter"] = str(location[-1]) if location else ""
     field["fix"] = _FIX.get(kind, _ANY_FIX).format_map(error.get("ctx") or {})
+    if kind == "literal_error" and " or " not in field["fix"]:  # a word beside numbers: "auto"
+        field["fix"] = field["fix"].replace("one of ", "")
+    elif kind == "literal_error":  # the fix lists them
+        field["detail"] = f"{error['input']!r:.60} is none of the choices."
     if kind == "value_error":
         field["code"] = "invalid_value"
     return field

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import files, models, options, output
+from cli import files, method, models, options, output
 from cli.config import connect
 from cli.errors import CommandError
 from cli.watching import follow, outcome
@@ -20,21 +20,11 @@ JobId = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]
 
 
 def submit(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Name or id of a registered model, or a folder.")],
     forget: Annotated[str, typer.Option(help="What to forget: a JSON Lines file, or the id of an upload.")],
     retain: Annotated[str | None, typer.Option(help="What to keep: a file or an id.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Probes for both: a file or an id.")] = None,
-    preset: options.Preset = None,
-    objective: options.Objective = None,
-    scope: options.Scope = None,
-    attribution: options.Attribution = None,
-    experts: options.Experts = None,
-    router: options.Router = None,
-    learning_rate: options.LearningRate = None,
-    steps: options.Steps = None,
-    batch_size: options.BatchSize = None,
-    seed: options.Seed = None,
-    others: options.Set = None,
     metadata: Annotated[list[str] | None, typer.Option(help="name=value, kept with the job.")] = None,
     watching: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: options.Url = None,
@@ -42,27 +32,17 @@ def submit(
     json: options.Json = False,
 ) -> None:
     """Start a job. Files and model folders given as paths are uploaded and registered first."""
-    named = {
-        "preset": preset,
-        "objective": objective,
-        "scope": scope,
-        "attribution": attribution,
-        "experts": experts,
-        "router": router,
-        "learning_rate": learning_rate,
-        "steps": steps,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    method = options.method_of(named, others)
-    labels = options.pairs(metadata, "--metadata")
+    # Checked here too, so that nothing is uploaded for a method that the service would refuse.
+    fields, wanted = method.given(context)
+    wanted.check_retain(given=retain is not None)
+    labels = dict(options.pairs(metadata, "--metadata"))
     with connect(url, key) as client:
         job = client.submit(
             _model(client, model),
             files.given(client, forget, "forget"),
             retain_set=files.given(client, retain, "retain") if retain else None,
             evaluation_set=files.given(client, evaluation, "evaluation") if evaluation else None,
-            method=method,
+            method=fields,
             metadata=labels,
         )
         if watching:

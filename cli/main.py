@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cli import files, jobs, keys, models, reference, run, up
+from cli import attribute, files, jobs, keys, models, reference, run, up
 from cli.errors import explain
+from cli.method import MethodCommand
 
 app = typer.Typer(
     name="seuf",
@@ -45,6 +46,7 @@ def _example(text: str) -> str:
 app.command("up", epilog=_example("seuf up --data-dir ./seuf-data"))(up.up)
 app.command(
     "submit",
+    cls=MethodCommand,
     epilog=_example(
         "seuf submit --model ./model --forget forget.jsonl --retain retain.jsonl --steps 60 --watch"
     ),
@@ -58,8 +60,16 @@ app.command("download", epilog=_example("seuf download job_a2b3c4d5e6f7g2h3i4j5 
 )
 app.command(
     "run",
+    cls=MethodCommand,
     epilog=_example("seuf run --model ./model --forget forget.jsonl --retain retain.jsonl --out unlearned"),
 )(run.run)
+app.command(
+    "attribute",
+    cls=MethodCommand,
+    epilog=_example(
+        "seuf attribute --model ./model --forget forget.jsonl --retain retain.jsonl --heatmap experts.svg"
+    ),
+)(attribute.attribute)
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(keys.app, name="keys")

@@ -2,64 +2,42 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import options, output
+from cli import drawing, method, options, output
 
 if TYPE_CHECKING:
-    from cli.live import Live
     from seuf_core import UnlearnResult
 
 
 def run(
-    model: Annotated[Path, typer.Option(help="Folder of the base model; it is only read.")],
-    forget: Annotated[Path, typer.Option(help="What to forget (JSON Lines).")],
+    context: typer.Context,
+    model: options.Model,
+    forget: options.Forget,
     out: Annotated[Path, typer.Option(help="Folder to create for the unlearned model.")],
-    retain: Annotated[Path | None, typer.Option(help="What to keep (JSON Lines).")] = None,
+    retain: options.Retain = None,
     evaluation: Annotated[Path | None, typer.Option(help="Probes for both (JSON Lines).")] = None,
-    preset: options.Preset = None,
-    objective: options.Objective = None,
-    scope: options.Scope = None,
-    attribution: options.Attribution = None,
-    experts: options.Experts = None,
-    router: options.Router = None,
-    learning_rate: options.LearningRate = None,
-    steps: options.Steps = None,
-    batch_size: options.BatchSize = None,
-    seed: options.Seed = None,
-    others: options.Set = None,
     work: Annotated[
         Path | None,
         typer.Option(
             help="Folder of training checkpoints: the same command with it goes on where it stopped."
         ),
     ] = None,
+    heatmap: options.Heatmap = None,
     json: options.Json = False,
 ) -> None:
     """Make a model forget, here and now: the same method as the service, without one."""
-    named = {
-        "preset": preset,
-        "objective": objective,
-        "scope": scope,
-        "attribution": attribution,
-        "experts": experts,
-        "router": router,
-        "learning_rate": learning_rate,
-        "steps": steps,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    from seuf_core.method import Method
-
     # Checked before torch is loaded, which takes seconds.
-    method = Method.model_validate(options.method_of(named, others))
+    _, wanted = method.given(context)
     options.existing(forget, "forget set")
+    wanted.check_retain(given=retain is not None)
+    if heatmap is not None:
+        wanted.to_attribute()
+    from cli.here import Shown
     from cli.live import Live
     from seuf_core import unlearn
 
@@ -71,57 +49,16 @@ def run(
             out,
             retain=retain,
             evaluation=evaluation,
-            method=method,
+            method=wanted,
             work=work or Path(scratch),
-            observer=_Shown(live),
+            observer=Shown(live),
         )
+    if heatmap is not None and result.attribution is not None:
+        drawing.draw(heatmap, result.attribution)
     if json:
         output.print_json(_as_json(result))
     else:
         _tell(result)
-
-
-class _Shown:
-    """Shows a run as it goes; Ctrl-C ends it after the step, with a training checkpoint."""
-
-    def __init__(self, live: Live) -> None:
-        self._live = live
-        self._stop = False
-        self._step: dict[str, Any] = {}
-        self._place: tuple[str, int, int] = ("loading", 0, 0)
-        signal.signal(signal.SIGINT, self._interrupted)
-        signal.signal(signal.SIGTERM, self._interrupted)
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Progress inside a phase."""
-        if name != self._place[0]:
-            self._step = {}
-        self._place = (name, done, total)
-        self._show()
-
-    def event(self, type: str, data: dict[str, Any]) -> None:  # noqa: A002  (the protocol's name)
-        """Something worth showing."""
-        if type == "step":
-            self._step = data
-            self._show()
-        elif type == "selection":
-            experts = ", ".join(f"layer {e['layer']} expert {e['expert']}" for e in data["experts"])
-            self._live.note(f"selected: {experts}")
-        elif type == "warning":
-            self._live.note(f"warning: {data.get('message', '')}")
-
-    def cancelled(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self._stop
-
-    def _show(self) -> None:
-        self._live.show(*self._place, step=self._step.get("step"), loss=self._step.get("loss"))
-
-    def _interrupted(self, _number: int, _frame: FrameType | None) -> None:
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True
-        self._live.note("stopping after this step; once more to stop at once")
 
 
 def _as_json(result: UnlearnResult) -> dict[str, Any]:

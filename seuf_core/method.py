@@ -338,6 +338,21 @@ class Method(BaseModel):
             "/retain_set",
         )
 
+    def to_attribute(self) -> Method:
+        """The same choice of experts with nothing to train: a retain set is needed only where the score needs it.
+
+        Raises:
+            MethodError: `selects_no_expert`.
+        """
+        if not self.selects_experts:
+            raise MethodError(
+                "selects_no_expert",
+                f"scope {self.scope} selects no expert.",
+                "Use scope seuf.",
+                "/method/scope",
+            )
+        return self.model_copy(update={"retain_loss": "none", "router": "freeze"})
+
     @property
     def ladder(self) -> tuple[float, ...]:
         """The learning rates to try, strongest first."""

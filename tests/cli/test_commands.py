@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from seuf_core.method import Splits
 from tests.shell import write_sets
 
 COMMANDS = {
-    *("up", "submit", "watch", "get", "list", "cancel", "download", "run", "reference build"),
+    *("up", "submit", "watch", "get", "list", "cancel", "download", "run", "attribute", "reference build"),
     *("models add", "models list", "files upload", "files list", "keys create", "keys list", "keys revoke"),
 }
 
@@ -95,6 +96,103 @@ def test_run_refuses_before_it_loads_anything(shell, tiny_model):
     assert "retain_loss" in unfit.stderr
     for done in (missing, wrong, unfit):
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+
+
+def test_every_field_of_the_method_is_an_option_with_its_range_and_default():
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from cli.main import app
+    from seuf_core.method import GROUPS, Method
+
+    wanted = {f"--{name.replace('_', '-')}" for name in Method.model_fields} | {"--set"}
+    pages = []
+    for name in ("run", "submit", "attribute"):
+        command = get_command(app).commands[name]
+        options = {
+            option.opts[0]
+            for option in command.get_params(command.make_context(name, [], resilient_parsing=True))
+        }
+        assert wanted <= options, name
+        page = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"}).invoke(app, [name, "--help"]).output
+        panels = [line.split("─")[1].strip() for line in page.splitlines() if line.startswith("╭─ ")]
+        assert panels == ["Options", *GROUPS.values()]
+        pages.append(" ".join(page.replace("│", " ").split()))
+    for word in (
+        "[0 < x <= 1; default 0.75]",
+        "ce_u, wga, satimp, pdu.",
+        "auto|NUMBER",
+        "[default 0.5,0.2,0.3]",
+    ):
+        assert all(word in page for page in pages), word
+
+
+FORMS = {
+    ("--learning-rate-ladder", "1e-3,1e-4"): {"learning_rate_ladder": (1e-3, 1e-4)},
+    ("--learning-rate-ladder", "1e-3"): {"learning_rate_ladder": (1e-3,)},
+    ("--set", "learning_rate_ladder=[0.001, 0.01]"): {"learning_rate_ladder": (1e-3, 1e-2)},
+    ("--splits", "0.6,0.2,0.2"): {"splits": Splits(train=0.6, selection=0.2, test=0.2)},
+    ("--splits", '{"train": 0.4, "selection": 0.3, "test": 0.3}'): {
+        "splits": Splits(train=0.4, selection=0.3, test=0.3)
+    },
+    ("--dpo-alternative", "42"): {"dpo_alternative": "42"},
+    ("--experts", "3"): {"experts": 3},
+    ("--experts", "auto"): {"experts": "auto"},
+    ("--set", "npo-beta=0.2", "--set", "steps=9"): {"npo_beta": 0.2, "steps": 9},
+}
+
+
+@pytest.mark.parametrize("arguments", FORMS)
+def test_values_can_be_written_as_people_write_them(arguments):
+    import typer
+    from typer.testing import CliRunner
+
+    from cli.method import MethodCommand, given
+
+    made = []
+    app = typer.Typer()
+
+    @app.command(cls=MethodCommand)
+    def take(context: typer.Context) -> None:
+        made.append(given(context)[1])
+
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert {name: getattr(made[0], name) for name in FORMS[arguments]} == FORMS[arguments]
+    assert made[0].model_fields_set >= set(FORMS[arguments])
+
+
+BAD_VALUES = {
+    ("--steps", "0"): "steps: Input should be greater than or equal to 1; it is 0. Use 1 or more.",
+    ("--experts", "many"): "experts: Input should be 'auto', or a valid integer",
+    ("--objective", "wish"): "objective: 'wish' is none of the choices. Use one of 'gradient_ascent',",
+    ("--splits", "0.5,0.5"): "'0.5,0.5' is not train,selection,test. Write it as 0.5,0.2,0.3.",
+    ("--splits", "0.5,0.2,0.2"): "splits: train + selection + test is 0.9; make it 1",
+    ("--set", "stepz=3"): "stepz is not a field of the method. Did you mean steps?",
+    ("--set", "steps"): "--set steps has no value. Write it as --set name=value.",
+    ("--steps", "3", "--set", "steps=4"): "steps is given twice. Give it once.",
+    (
+        "--steps",
+        "0",
+        "--batch-size",
+        "0",
+    ): "steps: Input should be greater than or equal to 1; it is 0. (and 1 more)",
+    ("--scope", "top_m"): "scope top_m takes a given number of experts, and experts is auto. Give experts,",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_VALUES)
+def test_a_bad_value_names_field_rule_and_fix(arguments, capsys, monkeypatch):
+    from cli.main import main
+
+    monkeypatch.setattr(
+        "sys.argv", ["seuf", "run", "--model", "m", "--forget", "f", "--out", "o", *arguments]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {BAD_VALUES[arguments]}")
 
 
 def test_run_unlearns_here_and_prints_the_table(shell, tiny_model):
