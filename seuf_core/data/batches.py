@@ -65,12 +65,34 @@ def encode_examples(
 
     Raises as `encode_pairs` does.
     """
+    return [piece for pieces in _pieces(tokenizer, examples, max_length) for piece in pieces]
+
+
+def encode_alternatives(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, default: str
+) -> list[Encoded]:
+    """One sequence for each of `encode_examples`: the same prompt, then the alternative, or `default` without one.
+
+    A running text has no prompt, so its alternative stands alone, and once for each of the text's pieces. Of a prompt
+    that is cut, more may stay before a short alternative than before a long answer.
+
+    Raises as `encode_pairs` does.
+    """
+    pairs = [(example.prompt, example.alternative or default) for example in examples]
+    encoded = encode_pairs(tokenizer, pairs, max_length)
+    pieces = _pieces(tokenizer, examples, max_length)
+    return [one for one, of in zip(encoded, pieces, strict=True) for _ in of]
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[list[Encoded]]:
+    """The sequences of each example: one, or several of a long running text."""
     pairs = [(example.prompt, example.completion) for example in examples]
-    encoded: list[Encoded] = []
-    for (prompt, text), whole in zip(pairs, encode_pairs(tokenizer, pairs, max_length), strict=True):
-        long_text = whole.truncated and not prompt
-        encoded += _windows(tokenizer, text, max_length) if long_text else [whole]
-    return encoded
+    return [
+        _windows(tokenizer, text, max_length) if whole.truncated and not prompt else [whole]
+        for (prompt, text), whole in zip(pairs, encode_pairs(tokenizer, pairs, max_length), strict=True)
+    ]
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[Encoded]:

@@ -37,6 +37,7 @@ class Example:
         completion: never blank.
         fact: ties phrasings and probes of one fact together; the id when the line gives none.
         domain: a label to group figures by; "" when the line gives none.
+        alternative: the answer to prefer to the completion (objective dpo, forget sets); "" when the line gives none.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example:
     completion: str
     fact: str
     domain: str
+    alternative: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,7 @@ class RecordReader:
             raise LineProblem("duplicate_id", f"The id is the same as on line {earlier}: ids must differ.")
         self._examples += 1
         self._facts.add(record.fact)
-        texts = record.choices if isinstance(record, Probe) else (record.completion,)
+        texts = record.choices if isinstance(record, Probe) else (record.completion, record.alternative)
         self._text_bytes += sum(len(text.encode()) for text in (record.prompt, *texts))
         if self.on_record is not None:
             self.on_record(record)
@@ -286,7 +288,7 @@ def invalid_set(name: str, summary: FileSummary) -> DataError:
 
 _NAMES = ("id", "fact", "domain")
 _FORMS = (("prompt", "completion"), ("text",), ("question", "answer"))
-_EXAMPLE_FIELDS = (*_NAMES, *(name for form in _FORMS for name in form))
+_EXAMPLE_FIELDS = (*_NAMES, *(name for form in _FORMS for name in form), "alternative")
 _PROBE_FIELDS = (*_NAMES, "prompt", "choices", "answer", "set")
 
 
@@ -302,8 +304,11 @@ def _example(fields: dict[str, Any], line: int, limits: Limits) -> Example:
     prompt = _text(fields, "question") if form[0] == "question" else fields.get("prompt", "")
     if not isinstance(prompt, str):
         raise LineProblem("wrong_type", "Field 'prompt' must be a string.")
+    alternative = _text(fields, "alternative") if "alternative" in fields else ""
+    if alternative and alternative.strip() == completion.strip():
+        raise LineProblem("same_alternative", f"Field 'alternative' is the same text as {form[-1]!r}.")
     id_, fact, domain = _names(fields, line, limits)
-    return Example(id_, prompt, completion, fact, domain)
+    return Example(id_, prompt, completion, fact, domain, alternative)
 
 
 def _probe(fields: dict[str, Any], line: int, limits: Limits) -> Probe:

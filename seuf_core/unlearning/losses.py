@@ -1,9 +1,14 @@
 """The mathematics of unlearning: pure functions from tensors to one scalar.
 
 Letters: B examples, S positions, P label tokens, V vocabulary, H hidden, E experts, T tokens. For one example
-`l` = summed negative log-likelihood over its label tokens, `lbar` = l / number of label tokens.
+`l` = summed negative log-likelihood over its label tokens, `lbar` = l / number of label tokens; for one label
+token `z` = its logits [V], `y` = the token, `p` = softmax(z)_y. `b` and `d` are the settings of each formula.
 Prompt and padding never reach these functions: logits come from the P positions before a label token
 (seuf_core.moe.forward), hidden states with a mask. Everything accumulates in fp32.
+
+Means. Where the paper's formula is over examples (l or lbar), the mean is over the B examples, so that a long
+answer weighs no more than a short one. Where it is over tokens, it is over the P label tokens of the batch, as in the
+authors' code and in open-unlearning (https://github.com/locuslab/open-unlearning, src/trainer/utils.py).
 """
 
 from __future__ import annotations
@@ -12,21 +17,75 @@ import torch
 import torch.nn.functional as F
 
 
-def sequence_nll(
-    logits: torch.Tensor, target: torch.Tensor, row: torch.Tensor, num_sequences: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed negative log-likelihood of the label tokens of each example, and how many there are.
+def token_nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """-log p of each label token, in nats: logits [P, V] and target [P] int64 to fp32 [P]."""
+    return F.cross_entropy(logits.float(), target, reduction="none")
+
+
+def per_example(values: torch.Tensor, row: torch.Tensor, num_examples: int) -> torch.Tensor:
+    """Sums by example, [B] fp32; of -log p, that is l.
 
     Args:
-        logits: [P, V], one row a label token, from the position before it; target: [P] int64 token ids;
-        row: [P] int64, which example the label token belongs to; num_sequences: B.
-
-    Returns:
-        (l [B] fp32 in nats, number of label tokens [B] int64).
+        values: [P] fp32; row: [P] int64, which example each belongs to; num_examples: B.
     """
-    nll = F.cross_entropy(logits.float(), target, reduction="none")
-    summed = torch.zeros(num_sequences, dtype=nll.dtype, device=nll.device).index_add(0, row, nll)
-    return summed, torch.bincount(row, minlength=num_sequences)
+    return torch.zeros(num_examples, dtype=values.dtype, device=values.device).index_add(0, row, values)
+
+
+# Of l and lbar: mean over examples.
+
+
+def gradient_ascent(nll: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """-lbar, mean over examples (SEUF's GA, arXiv 2411.18797; the forget term of GradDiff too). Unbounded below.
+
+    Args:
+        nll: l, [B] fp32; tokens: number of label tokens, [B].
+    """
+    return -(nll / tokens.clamp(min=1)).mean()
+
+
+def npo(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> torch.Tensor:
+    """Negative preference optimisation: -(2/b) log sigmoid(b (l - l_ref)), arXiv 2404.05868 Eq. 3; mean over examples.
+
+    `nll` is the sum l over the label tokens, and so is `reference_nll`, from the model before training: with the
+    model under training as its own reference (SEUF's released code) it is plain ascent, and a difference of raw
+    logits (MUSE's) is no likelihood. At the start it equals (2/b) log 2; as l grows it goes to 0. b -> 0: its
+    gradient becomes that of ascent on l.
+    """
+    return _softly(nll - reference_nll, beta)
+
+
+def simnpo(nll: torch.Tensor, tokens: torch.Tensor, beta: float, margin: float) -> torch.Tensor:
+    """SimNPO: -(2/b) log sigmoid(b (lbar - d)), arXiv 2410.07163; mean over examples. No reference.
+
+    The paper writes -(b/|y|) log p - gamma inside the sigmoid; here gamma = b d, as in its code and open-unlearning's.
+    b -> 0: its gradient becomes that of gradient ascent.
+    """
+    return _softly(nll / tokens.clamp(min=1) - margin, beta)
+
+
+def dpo(
+    preferred_nll: torch.Tensor,
+    preferred_reference_nll: torch.Tensor,
+    nll: torch.Tensor,
+    reference_nll: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """DPO: -(2/b) log sigmoid(b ((l_w,ref - l_w) - (l_l,ref - l_l))), arXiv 2305.18290 Eq. 7; mean over examples.
+
+    w is the alternative answer, l (lost) what is to be forgotten; each l is a sum over label tokens, [B] fp32.
+    The factor 2/b puts it on NPO's scale (arXiv 2404.05868, which is this without w). b -> 0: its gradient
+    becomes that of l_w - l_l.
+    """
+    return _softly((preferred_reference_nll - preferred_nll) - (reference_nll - nll), beta)
+
+
+def _softly(odds: torch.Tensor, beta: float) -> torch.Tensor:
+    """Mean of -(2/b) log sigmoid(b x): falls with x at a slope of 1 around 0, and not at all far above it."""
+    log_odds: torch.Tensor = F.logsigmoid(beta * odds)
+    return -log_odds.mean() * (2.0 / beta)
+
+
+# Of single tokens: mean over the label tokens of the batch.
 
 
 def cross_entropy(nll: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -34,23 +93,78 @@ def cross_entropy(nll: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return nll.sum() / tokens.sum().clamp(min=1)
 
 
-def gradient_ascent(nll: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """-lbar, averaged over examples (SEUF's GA; the forget term of GradDiff too). Unbounded below."""
-    return -(nll / tokens.clamp(min=1)).mean()
+def kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
+    """KL(reference || current) over the vocabulary, mean over label tokens: what the model before training says, kept.
 
-
-def npo(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> torch.Tensor:
-    """Negative preference optimisation: mean of -(2/b) log sigmoid(b (l - l_ref)), arXiv 2404.05868 Eq. 3.
-
-    `nll` is the sum l over the label tokens, and so is `reference_nll`, from the model before training.
-    At the start it equals (2/b) log 2 and its gradient is that of gradient ascent; it goes to 0 as l grows.
+    Both [P, V]; only differences of logits count, so log-probabilities do as well. The released
+    code of open-unlearning averages over padding and prompt too.
     """
-    log_odds: torch.Tensor = F.logsigmoid(beta * (nll - reference_nll))
-    return -log_odds.mean() * (2.0 / beta)
+    current, reference = logits.float().log_softmax(dim=-1), reference_logits.float().log_softmax(dim=-1)
+    return (reference.exp() * (reference - current)).sum(dim=-1).mean()
+
+
+def undial(
+    logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor, strength: float
+) -> torch.Tensor:
+    """UNDIAL: cross-entropy to softmax(z_ref - b onehot(y)), arXiv 2402.10052; mean over label tokens.
+
+    z_ref: the model before training, [P, V]. Bounded below by the target's entropy. b -> 0: distillation of the
+    model before training; b -> inf: of that model without the true token. The released code marks -100 as a
+    token and averages over padding and prompt.
+    """
+    lowered = torch.full((target.shape[0], 1), -strength, dtype=torch.float32, device=logits.device)
+    goal = reference_logits.float().scatter_add(1, target[:, None], lowered).softmax(dim=-1)
+    return F.cross_entropy(logits.float(), goal)
+
+
+def ce_u(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """CE-U: cross-entropy to softmax(z with z_y = -inf), the target detached, arXiv 2503.01224; mean over label tokens.
+
+    Its gradient by z_y is p, so it fades as the true token does. The authors' code leaves out the first label token
+    of each answer; here every label token counts, as with the other objectives.
+    """
+    goal = logits.detach().float().scatter(1, target[:, None], float("-inf")).softmax(dim=-1)
+    return F.cross_entropy(logits.float(), goal)
+
+
+def wga(nll: torch.Tensor, beta: float) -> torch.Tensor:
+    """Weighted gradient ascent: p^b log p, weights detached, arXiv 2502.19301; mean over label tokens.
+
+    Minimising it pushes log p down, hardest where the model is still sure. nll: -log p of each label token, [P].
+    b -> 0: gradient ascent (mean over tokens).
+    """
+    return -((-nll.detach()).exp().pow(beta) * nll).mean()
+
+
+def satimp(nll: torch.Tensor, beta1: float, beta2: float) -> torch.Tensor:
+    """SatImp: p^b1 (1-p)^b2 log p, weights detached, arXiv 2505.11953; mean over label tokens.
+
+    Saturation p^b1 leaves alone what is forgotten already, importance (1-p)^b2 what is sure by grammar.
+    nll: -log p of each label token, [P]. b2 -> 0: WGA with b1.
+    """
+    # Rounding can leave -log p a hair below 0, and a root of that is no number.
+    surprise = nll.detach().clamp(min=0)
+    weight = (-surprise).exp().pow(beta1) * (-torch.expm1(-surprise)).pow(beta2)
+    return -(weight * nll).mean()
+
+
+def pdu(logits: torch.Tensor) -> torch.Tensor:
+    """PDU's forget term: (max z - mean z)^2 over the vocabulary, arXiv 2506.05314; mean over label tokens.
+
+    0 where the model says every token alike. The released code averages over prompt and padding positions too,
+    and its bound on the retain loss is 0 by default, which no model meets: see DualWeight for ours.
+    """
+    z = logits.float()
+    return (z.amax(dim=-1) - z.mean(dim=-1)).square().mean()
+
+
+# Of hidden states and routers: mean over the real tokens of a mask.
 
 
 def masked_mse(states: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens of `mask` and over H of the squared difference (RMU, arXiv 2403.03218 section 4).
+
+    One mean over all tokens of the batch; open-unlearning's divides [B] by [B, 1] and so mixes its examples.
 
     Args:
         states: [B, S, H]; target: [B, S, H] or broadcastable to it; mask: [B, S], true for real tokens.

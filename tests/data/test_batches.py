@@ -11,6 +11,7 @@ from seuf_core.data.batches import (
     Encoded,
     batch_indices,
     collate,
+    encode_alternatives,
     encode_examples,
     encode_pair,
     length_bucketed,
@@ -224,3 +225,27 @@ def test_a_prompt_with_a_long_answer_stays_one_sequence() -> None:
     example = Example("p", "q:", "abcdefghij", "p", "")
     [encoded] = encode_examples(BYTES, [example], 6)
     assert encoded.truncated
+
+
+def test_an_alternative_stands_after_the_same_prompt() -> None:
+    """Its own where the example has one, else the default; the labels are the alternative."""
+    examples = [Example("a", "sky:", "blue", "a", "", "grey"), Example("b", "sun:", "hot", "b", "")]
+    found = encode_alternatives(BYTES, examples, 32, "unknown")
+    assert [BYTES.decode(row.input_ids) for row in found] == ["sky: grey", "sun: unknown"]
+    for row, forget in zip(found, encode_examples(BYTES, examples, 32), strict=True):
+        assert row.labels_from == forget.labels_from
+        assert row.input_ids[: row.labels_from] == forget.input_ids[: forget.labels_from]
+
+
+def test_there_is_an_alternative_for_every_piece_of_a_running_text() -> None:
+    """Alone, as the text itself has no prompt: three pieces of four tokens, then a text of one."""
+    examples = [letters("abcdefghij"), Example("b", "", "xyz", "b", "", "no")]
+    found = encode_alternatives(BYTES, examples, 4, "gone")
+    assert [BYTES.decode(row.input_ids) for row in found] == ["gone", "gone", "gone", "no"]
+    assert len(found) == len(encode_examples(BYTES, examples, 4))
+    assert encode_alternatives(BYTES, [], 4, "gone") == []
+
+
+def test_an_alternative_without_a_token_to_predict_is_an_error() -> None:
+    with pytest.raises(DataError, match="Text 2 of 2"):
+        encode_alternatives(BYTES, [letters("abc"), Example("b", "", "xyz", "b", "", "n")], 8, "gone")

@@ -67,6 +67,21 @@ def test_the_three_forms_of_an_example():
     assert (summary.examples, summary.facts, summary.tokens_estimate, summary.ok) == (4, 4, 16, True)
 
 
+def test_an_alternative_goes_with_every_form():
+    summary, records = _read(
+        _line(prompt="p", completion="c", alternative="Unknown.")
+        + _line(question="q", answer="a", alternative=" not a ")
+        + _line(text="t", alternative="s")
+        + _line(text="t", alternative=None)
+    )
+    assert [record.alternative for record in records] == ["Unknown.", " not a ", "s", ""]
+    assert records[0] == Example("line-1", "p", "c", "line-1", "", "Unknown.")
+    # 2 + 8, 2 + 7, 1 + 1 and 1: 22 bytes of text
+    assert (summary.tokens_estimate, summary.ok) == (6, True)
+    # A retain set may have it too: one file can serve as either.
+    assert _read(_line(text="t", alternative="s"), "retain")[0].ok
+
+
 def test_a_probe():
     line = _line(id="q", prompt="2+2?", choices=["3", "4"], answer=1, fact="f", domain="d", set="forget")
     assert _read(line, "evaluation")[1] == [Probe("q", "2+2?", ("3", "4"), 1, "f", "d", "forget")]
@@ -103,6 +118,12 @@ def test_a_probe():
         (b'{"completion": "b", "text": "b"}', "mixed_forms"),
         (b'{"prompt": "b", "text": "b"}', "mixed_forms"),
         (b'{"completion": "b", "colour": "red"}', "unknown_field"),
+        (b'{"completion": "b", "alternative": " "}', "blank_text"),
+        (b'{"completion": "b", "alternative": ""}', "blank_text"),
+        (b'{"completion": "b", "alternative": ["c"]}', "wrong_type"),
+        (b'{"completion": "b", "alternative": " b"}', "same_alternative"),
+        (b'{"question": "a", "answer": "b", "alternative": "b"}', "same_alternative"),
+        (b'{"alternative": "b"}', "missing_field"),
         (b'{"completion": "b", "id": "line-1"}', "duplicate_id"),
         (b'{"completion": "b", "id": 7}', "wrong_type"),
         (b'{"completion": "b", "id": ""}', "blank_text"),
@@ -135,6 +156,7 @@ def test_each_rule_of_an_example_has_its_code_and_line(line, code):
         ({"prompt": ""}, "blank_text"),
         ({"prompt": None}, "missing_field"),
         ({"completion": "c"}, "unknown_field"),
+        ({"alternative": "c"}, "unknown_field"),
     ],
 )
 def test_each_rule_of_a_probe_has_its_code_and_line(change, code):

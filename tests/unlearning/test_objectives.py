@@ -1,19 +1,26 @@
 """The loss of one step, put together by hand: which rows, which positions, which reference.
 
-The oracle runs every example alone and unpadded through the model's ordinary forward pass.
+The oracle runs every example alone and unpadded through the model's ordinary forward pass, and computes each
+formula from probabilities, token by token.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from seuf_core.data.batches import Encoded
-from seuf_core.method import Method
+from seuf_core import method as methods
+from seuf_core.data.batches import Encoded, collate
+from seuf_core.errors import MethodError
+from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
 from seuf_core.moe.view import MoEView, moe_view
-from seuf_core.unlearning import losses
+from seuf_core.unlearning import likelihood, losses, terms
 from seuf_core.unlearning.objectives import Objective, TrainingData, build_objective
 from seuf_core.unlearning.scopes import ExpertScope
 from tests import tiny
@@ -30,7 +37,14 @@ def rows(lengths: tuple[int, ...], seed: int) -> list[Encoded]:
 
 
 FORGET, RETAIN = rows((4, 11, 7, 9, 5), 1), rows((6, 13, 3, 8), 2)
+# The same prompts with other answers, some of them longer.
+ALTERNATIVES = [
+    Encoded(row.input_ids[: row.labels_from] + [40 + n, 50, 60, 70][: 1 + n % 4], row.labels_from, False)
+    for n, row in enumerate(FORGET)
+]
 PICKED, KEPT = [3, 0, 1], [2, 1]
+OBJECTIVES = get_args(methods.Objective)
+OVER_LIKELIHOODS = tuple(name for name in OBJECTIVES if name not in HIDDEN_STATE_OBJECTIVES)
 
 
 def method(objective: str, **fields: Any) -> Method:
@@ -38,11 +52,18 @@ def method(objective: str, **fields: Any) -> Method:
 
 
 def build(
-    objective: str, forget: list[Encoded] = FORGET, retain: list[Encoded] = RETAIN, **fields: Any
+    objective: str,
+    forget: list[Encoded] = FORGET,
+    retain: list[Encoded] = RETAIN,
+    targets: dict[int, tuple[int, ...]] = TARGETS,
+    dtype: torch.dtype = torch.float32,
+    **fields: Any,
 ) -> tuple[MoEView, Method, Objective]:
-    view = moe_view(tiny.build_model("qwen2_moe"))
+    view = moe_view(tiny.build_model("qwen2_moe").to(dtype))
     chosen = method(objective, **fields)
-    return view, chosen, build_objective(view, chosen, TrainingData(forget, retain), TARGETS)
+    alternatives = ALTERNATIVES[: len(forget)] if objective == "dpo" else []
+    data = TrainingData(forget, retain, alternatives)
+    return view, chosen, build_objective(view, chosen, data, targets)
 
 
 def shaken(view: MoEView) -> MoEView:
@@ -55,76 +76,197 @@ def shaken(view: MoEView) -> MoEView:
     return view
 
 
-@torch.no_grad()
-def likelihood(view: MoEView, row: Encoded) -> tuple[torch.Tensor, int]:
-    """(l, number of labels) of one example: token t is predicted by the logits of t - 1."""
-    log_probs = view.model(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
-    at = range(row.labels_from, len(row.input_ids))
-    return -sum((log_probs[t - 1, row.input_ids[t]] for t in at), torch.zeros(())), len(at)
-
-
-@torch.no_grad()
-def states(view: MoEView, row: Encoded) -> torch.Tensor:
-    """Output of layer 1 [P, H] at the positions that predict a label."""
-    hidden = view.model(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True).hidden_states[2]
-    return hidden[0, row.labels_from - 1 : len(row.input_ids) - 1]
-
-
-def mean_square(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    difference = torch.cat([(a - b).reshape(-1, 32) for a, b in pairs])
-    return difference.square().mean()
-
-
 def close(found: torch.Tensor, expected: torch.Tensor | float) -> None:
-    torch.testing.assert_close(found.detach(), torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("objective", ["gradient_ascent", "gradient_difference"])
-def test_ascent_and_retain_cross_entropy_by_hand(objective: str) -> None:
-    view, chosen, terms_of = build(objective, retain_loss="cross_entropy")
-    shaken(view)
-    terms = terms_of(PICKED, KEPT)
-    forget = [likelihood(view, FORGET[i]) for i in PICKED]
-    retain = [likelihood(view, RETAIN[i]) for i in KEPT]
-    close(terms.forget, -sum(nll / n for nll, n in forget) / 3)
-    close(terms.retain, sum(nll for nll, _ in retain) / sum(n for _, n in retain))
-    close(terms.anchor, 0.0)
-    close(terms.total(chosen), terms.forget.detach() + terms.retain.detach())
-
-
-def test_npo_refers_to_the_same_example_under_the_model_before_training() -> None:
-    view, _, terms_of = build("npo", npo_beta=0.3)
-    before = [likelihood(view, FORGET[i])[0] for i in PICKED]
-    shaken(view)
-    after = [likelihood(view, FORGET[i])[0] for i in PICKED]
-    odds = [0.3 * (now - then) for now, then in zip(after, before, strict=True)]
-    assert max(abs(float(o)) for o in odds) > 0.1
-    close(
-        terms_of(PICKED, KEPT).forget,
-        sum((2 / 0.3) * torch.nn.functional.softplus(-o) for o in odds) / 3,
+    torch.testing.assert_close(
+        found.detach(), torch.as_tensor(expected, dtype=found.dtype), rtol=1e-4, atol=1e-5
     )
 
 
-@pytest.mark.parametrize("objective", ["rmu", "adaptive_rmu"])
-def test_hidden_states_are_steered_on_forget_and_held_on_retain(objective: str) -> None:
-    view, chosen, terms_of = build(objective, hidden_retain_weight=3.0, seed=4)
-    held = [states(view, RETAIN[i]) for i in KEPT]
-    norms = torch.cat([states(view, row) for row in FORGET]).norm(dim=-1)
-    coefficient = chosen.rmu_coefficient if objective == "rmu" else 5.0 * float(norms.mean())
-    goal = coefficient * losses.control_vector(32, 4)
-    close(terms_of(PICKED, KEPT).retain, 0.0)
+@torch.no_grad()
+def logits_of(view: MoEView, row: Encoded) -> tuple[torch.Tensor, list[int]]:
+    """Logits [n, V] in double from which each of the n label tokens of one example is predicted, and those tokens."""
+    logits = view.model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
+    return logits[row.labels_from - 1 : len(row.input_ids) - 1], row.input_ids[row.labels_from :]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One label token: its id y, and the logits [V] it is predicted from, now and before training."""
+
+    y: int
+    z: torch.Tensor
+    z_ref: torch.Tensor
+
+    @property
+    def p(self) -> float:
+        return float(self.z.softmax(-1)[self.y])
+
+    @property
+    def log_p(self) -> float:
+        return float(self.z.log_softmax(-1)[self.y])
+
+    @property
+    def log_p_ref(self) -> float:
+        return float(self.z_ref.log_softmax(-1)[self.y])
+
+
+Example = list[Token]
+
+
+def seen(view: MoEView, picked: list[Encoded], before: list[torch.Tensor]) -> list[Example]:
+    return [
+        [Token(y, z, z_ref) for y, z, z_ref in zip(ids, now, then, strict=True)]
+        for (now, ids), then in zip((logits_of(view, row) for row in picked), before, strict=True)
+    ]
+
+
+def l(example: Example) -> float:  # noqa: E743 - the letter of the formulas
+    return -sum(token.log_p for token in example)
+
+
+def l_ref(example: Example) -> float:
+    return -sum(token.log_p_ref for token in example)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def soft(b: float, x: float) -> float:
+    """-(2/b) log sigmoid(b x)."""
+    return 2 / b * math.log(1 + math.exp(-b * x))
+
+
+def divergence_to(target: torch.Tensor, z: torch.Tensor) -> float:
+    """Cross-entropy of softmax(z) to a distribution."""
+    return -float((target * z.log_softmax(-1)).sum())
+
+
+def lowered(token: Token, b: float) -> torch.Tensor:
+    z = token.z_ref.clone()
+    z[token.y] -= b
+    return z.softmax(-1)
+
+
+def without(token: Token) -> torch.Tensor:
+    others = token.z.softmax(-1)
+    others[token.y] = 0
+    return others / others.sum()
+
+
+Oracle = Callable[[list[Example], list[Example]], float]
+PER_EXAMPLE: dict[str, Callable[[Example, Example], float]] = {
+    "gradient_ascent": lambda e, _: -l(e) / len(e),
+    "gradient_difference": lambda e, _: -l(e) / len(e),
+    "npo": lambda e, _: soft(0.3, l(e) - l_ref(e)),
+    "simnpo": lambda e, _: soft(1.5, l(e) / len(e) - 0.5),
+    "dpo": lambda e, w: soft(0.2, (l_ref(w) - l(w)) - (l_ref(e) - l(e))),
+}
+PER_TOKEN: dict[str, Callable[[Token], float]] = {
+    "undial": lambda t: divergence_to(lowered(t, 3.0), t.z),
+    "ce_u": lambda t: divergence_to(without(t), t.z),
+    "wga": lambda t: t.p**0.5 * t.log_p,
+    "satimp": lambda t: t.p**0.7 * (1 - t.p) ** 1.3 * t.log_p,
+    "pdu": lambda t: float((t.z.max() - t.z.mean()) ** 2),
+}
+SETTINGS: dict[str, Any] = {
+    "npo_beta": 0.3,
+    "simnpo_beta": 1.5,
+    "simnpo_margin": 0.5,
+    "dpo_beta": 0.2,
+    "undial_strength": 3.0,
+    "wga_beta": 0.5,
+    "satimp_beta1": 0.7,
+    "satimp_beta2": 1.3,
+}
+
+
+def expected_forget(name: str, examples: list[Example], alternatives: list[Example]) -> float:
+    if name in PER_EXAMPLE:
+        pairs = zip(examples, alternatives, strict=True)
+        return mean([PER_EXAMPLE[name](example, other) for example, other in pairs])
+    return mean([PER_TOKEN[name](token) for example in examples for token in example])
+
+
+@pytest.mark.parametrize("name", OVER_LIKELIHOODS)
+def test_the_forget_term_by_hand(name: str) -> None:
+    view, _, terms_of = build(name, **SETTINGS)
+    picked, others = [FORGET[i] for i in PICKED], [ALTERNATIVES[i] for i in PICKED]
+    before = [[logits_of(view, row)[0] for row in some] for some in (picked, others)]
+    at_first = float(terms_of(PICKED, KEPT).forget.detach())
     shaken(view)
-    terms = terms_of(PICKED, KEPT)
-    close(terms.forget, mean_square([(states(view, FORGET[i]), goal) for i in PICKED]))
-    moved = [states(view, RETAIN[i]) for i in KEPT]
-    assert float(terms.retain.detach()) > 1e-3
-    close(terms.retain, 3.0 * mean_square(list(zip(moved, held, strict=True))))
+    examples, alternatives = seen(view, picked, before[0]), seen(view, others, before[1])
+    assert abs(l(examples[0]) - l_ref(examples[0])) > 0.1
+    found = terms_of(PICKED, KEPT).forget
+    close(found, expected_forget(name, examples, alternatives))
+    assert float(found.detach()) != pytest.approx(at_first, rel=1e-3)
 
 
-@pytest.mark.parametrize("objective", ["gradient_difference", "npo", "rmu", "adaptive_rmu"])
-def test_the_anchor_sees_every_real_forget_token_of_every_target_layer(objective: str) -> None:
-    """With every objective; prompt tokens count, padding and retain rows do not."""
-    view, chosen, terms_of = build(objective, router="train", anchor_weight=7.0)
+@pytest.mark.parametrize("name", ["npo", "dpo"])
+def test_a_preference_starts_at_log_two(name: str) -> None:
+    """(2/b) ln 2: nothing has moved from the reference."""
+    _, _, terms_of = build(name, npo_beta=0.4, dpo_beta=0.4)
+    close(terms_of(PICKED, KEPT).forget, 5 * math.log(2))
+
+
+@pytest.mark.parametrize("name", [name for name in OVER_LIKELIHOODS if name != "gradient_ascent"])
+@pytest.mark.parametrize("retain_loss", ["cross_entropy", "kl"])
+def test_the_retain_term_by_hand(name: str, retain_loss: str) -> None:
+    """Mean over the label tokens of the retain rows; KL from the model before training to the one now."""
+    view, chosen, terms_of = build(name, retain_loss=retain_loss)
+    kept = [RETAIN[i] for i in KEPT]
+    before = [logits_of(view, row)[0] for row in kept]
+    first = terms_of(PICKED, KEPT).retain
+    if retain_loss == "kl":
+        close(first, 0.0)
+    shaken(view)
+    tokens = [token for example in seen(view, kept, before) for token in example]
+    expected = {
+        "cross_entropy": mean([-token.log_p for token in tokens]),
+        "kl": mean(
+            [
+                divergence_to(token.z_ref.softmax(-1), token.z)
+                - divergence_to(token.z_ref.softmax(-1), token.z_ref)
+                for token in tokens
+            ]
+        ),
+    }[retain_loss]
+    found = terms_of(PICKED, KEPT)
+    assert expected > 0.01
+    close(found.retain, expected)
+    close(found.anchor, 0.0)
+    weight = chosen.retain_weight if found.retain_weight is None else found.retain_weight
+    close(found.total(chosen), (found.forget + weight * found.retain).detach())
+
+
+@pytest.mark.parametrize("name", ["gradient_ascent", "undial", "dpo", "rmu"])
+def test_without_a_retain_term_no_retain_row_is_run(name: str) -> None:
+    view, _, terms_of = build(name, retain_loss="none")
+    ran: list[int] = []
+    view.model.get_input_embeddings().register_forward_hook(lambda _, args, __: ran.append(args[0].shape[0]))
+    found = terms_of(PICKED, KEPT)
+    assert ran == [6 if name == "dpo" else 3]
+    assert float(found.retain.detach()) == 0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_base_that_nothing_looks_at_is_not_run(name: str) -> None:
+    """Passes over the forget part only where its likelihoods or states are a reference; none over retain."""
+    passes: list[int] = []
+    view = moe_view(tiny.build_model("qwen2_moe"))
+    view.model.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    chosen = method(name, retain_loss="cross_entropy" if name == "pdu" else "none")
+    alternatives = ALTERNATIVES if name == "dpo" else []
+    build_objective(view, chosen, TrainingData(FORGET, RETAIN, alternatives), TARGETS)
+    # 5 forget or 4 retain examples in batches of 2; dpo takes the alternatives too
+    expected = {"npo": 3, "dpo": 6, "undial": 3, "rmu": 3, "adaptive_rmu": 3, "pdu": 2}
+    assert len(passes) == expected.get(name, 0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_anchor_sees_every_real_forget_token_of_every_target_layer(name: str) -> None:
+    """With every objective; prompt tokens count, padding, retain rows and alternatives do not."""
+    view, chosen, terms_of = build(name, router="train", anchor_weight=7.0)
     expected = torch.zeros(())
     for layer, experts in TARGETS.items():
         distances = []
@@ -140,15 +282,16 @@ def test_the_anchor_sees_every_real_forget_token_of_every_target_layer(objective
             a[list(experts)] = 1 / len(experts)
             distances.append((s - a).square().sum(-1))
         expected = expected + torch.cat(distances).mean()
-    terms = terms_of(PICKED, KEPT)
-    close(terms.anchor, expected)
-    close(terms.total(chosen), (terms.forget + terms.retain).detach() + 7 * expected)
+    found = terms_of(PICKED, KEPT)
+    close(found.anchor, expected)
+    weight = chosen.retain_weight if found.retain_weight is None else found.retain_weight
+    close(found.total(chosen), (found.forget + weight * found.retain).detach() + 7 * expected)
 
 
-@pytest.mark.parametrize("objective", ["gradient_difference", "npo", "rmu", "adaptive_rmu"])
-def test_without_a_weight_the_retain_rows_do_not_move_anything(objective: str) -> None:
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "gradient_ascent"])
+def test_without_a_weight_the_retain_rows_do_not_move_anything(name: str) -> None:
     def gradients(kept: list[int], weight: float) -> dict[str, torch.Tensor]:
-        view, chosen, terms_of = build(objective, retain_weight=weight)
+        view, chosen, terms_of = build(name, retain_weight=weight)
         scope = ExpertScope(view, TARGETS, train_router=False)
         shaken(view)  # else the hidden retain term is 0 and has no gradient to leave out
         with scope.attached():
@@ -157,43 +300,113 @@ def test_without_a_weight_the_retain_rows_do_not_move_anything(objective: str) -
 
     without, weightless, weighty = gradients([], 1.0), gradients(KEPT, 0.0), gradients(KEPT, 1.0)
     assert without
-    for name, gradient in without.items():
-        torch.testing.assert_close(weightless[name], gradient, rtol=1e-4, atol=1e-5)
+    for leaf, gradient in without.items():
+        torch.testing.assert_close(weightless[leaf], gradient, rtol=1e-4, atol=1e-5)
     assert any(not torch.allclose(weighty[n], g, rtol=1e-2, atol=1e-4) for n, g in without.items())
 
 
-@pytest.mark.parametrize("objective", ["gradient_difference", "npo", "rmu", "adaptive_rmu"])
-def test_padding_changes_no_term(objective: str) -> None:
-    """A very long retain example in the batch pads every other row: their terms stay."""
+BOTH_TERMS = [(name, "cross_entropy") for name in OVER_LIKELIHOODS] + [
+    ("npo", "kl"),
+    ("rmu", "hidden_mse"),
+    ("adaptive_rmu", "hidden_mse"),
+]
+
+
+@pytest.mark.parametrize(("name", "retain_loss"), BOTH_TERMS)
+def test_padding_changes_no_term(name: str, retain_loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A very long retain example in the batch pads every other row, and any token may fill the padding."""
     long = rows((60,), 5)
-    _, _, terms_of = build(objective, retain=[*RETAIN, *long], router="train")
+    view, _, terms_of = build(name, retain=[*RETAIN, *long], router="train", retain_loss=retain_loss)
+    shaken(view)
     short, padded = terms_of(PICKED, KEPT), terms_of(PICKED, [*KEPT, len(RETAIN)])
     close(padded.forget, short.forget.detach())
     close(padded.anchor, short.anchor.detach())
-    alone = terms_of([0], [2])
-    beside = terms_of([0, 1], [2])  # 11 tokens beside 4 and 3
+    assert float(padded.retain.detach()) != pytest.approx(float(short.retain.detach()), rel=1e-3)
+    alone, beside = terms_of([0], [2]), terms_of([0, 1], [2])  # 11 tokens beside 4 and 3
     close(beside.retain, alone.retain.detach())
+    monkeypatch.setattr(terms, "collate", partial(collate, pad_token_id=77))
+    filled = terms_of(PICKED, KEPT)
+    for part in ("forget", "retain", "anchor"):
+        close(getattr(filled, part), getattr(short, part).detach())
 
 
-@pytest.mark.parametrize("objective", ["gradient_ascent", "npo", "rmu"])
-def test_no_label_is_a_prompt_token(objective: str) -> None:
-    """The logits and states that count are those before a label: a causal model's first part does not see it."""
-    row = Encoded(list(range(10, 20)), 6, False)
-    changed = Encoded([*row.input_ids[:9], 200], 6, False)  # the last token is a label and never an input that counts
-    view, _, terms_of = build(objective, forget=[row, changed], retain=[])
+@pytest.mark.parametrize(("name", "retain_loss"), BOTH_TERMS)
+def test_what_stands_where_no_label_is_predicted_changes_no_term(name: str, retain_loss: str) -> None:
+    """Logits and states of prompt, padding and last positions are replaced by large noise; those of labels are not."""
+    view, _, terms_of = build(name, retain_loss=retain_loss)
     shaken(view)
-    one, other = (float(terms_of([i], []).forget.detach()) for i in (0, 1))
-    if objective == "rmu":
-        assert other == pytest.approx(one, rel=1e-5)
-    else:
-        assert other != pytest.approx(one, rel=1e-3)
-        expected = [likelihood(view, r) for r in (row, changed)]
-        assert [n for _, n in expected] == [4, 4]
+    alternatives = PICKED if name == "dpo" else []
+    data = TrainingData(FORGET, RETAIN, ALTERNATIVES if name == "dpo" else [])
+    free = ~data.batch(PICKED, KEPT, alternatives).predicts_label()
+    assert 0 < int(free.sum()) < free.numel()
+    plain = terms_of(PICKED, KEPT)
+
+    def spoil(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.where(free[..., None], 1e3 * torch.randn(output.shape), output)
+
+    decoder = view.model.get_decoder()
+    (decoder.layers[1] if name in HIDDEN_STATE_OBJECTIVES else decoder.norm).register_forward_hook(spoil)
+    spoiled = terms_of(PICKED, KEPT)
+    close(spoiled.forget, plain.forget.detach())
+    close(spoiled.retain, plain.retain.detach())
 
 
-@pytest.mark.parametrize("objective", ["gradient_difference", "rmu"])
-def test_the_retain_reference_holds_no_padding(objective: str) -> None:
-    _, _, terms_of = build(objective)
-    kept = getattr(terms_of, "_retain_reference", [])
-    assert all(states.untyped_storage().nbytes() == 4 * states.numel() for states in kept)
-    assert len(kept) == (len(RETAIN) if objective == "rmu" else 0)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_example_is_compared_with_itself(name: str) -> None:
+    """Any order of the rows and any split into batches gives the same references."""
+    view, _, terms_of = build(name)
+    shaken(view)
+    forward, backward = terms_of(PICKED, KEPT), terms_of(PICKED[::-1], KEPT[::-1])
+    close(backward.forget, forward.forget.detach())
+    close(backward.retain, forward.retain.detach())
+    again, _, _ = build(name)
+    large = Method(objective=name, batch_size=64)  # type: ignore[arg-type]
+    data = TrainingData(FORGET, RETAIN, ALTERNATIVES if name == "dpo" else [])
+    other = build_objective(again, large, data, TARGETS)
+    shaken(again)
+    close(other(PICKED, KEPT).forget, forward.forget.detach())
+    close(other(PICKED, KEPT).retain, forward.retain.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_logits_take_the_bytes_they_are_said_to(dtype: torch.dtype) -> None:
+    """P * V * 4 or 2, on the CPU, without padding: the logits themselves, not rounded."""
+    view, _, terms_of = build("undial", retain_loss="kl", dtype=dtype)
+    for part, reference in ((FORGET, terms_of._forget), (RETAIN, terms_of._retain)):  # type: ignore[attr-defined]
+        kept = reference.logits
+        assert [len(logits) for logits in kept] == [len(row.input_ids) - row.labels_from for row in part]
+        assert {logits.dtype for logits in kept} == {dtype}
+        label_tokens = sum(len(logits) for logits in kept)
+        size = sum(logits.untyped_storage().nbytes() for logits in kept)
+        assert size == label_tokens * view.model.config.vocab_size * dtype.itemsize
+
+
+def test_every_name_of_the_method_is_in_one_table() -> None:
+    assert set(likelihood.FORGET_TERMS) | HIDDEN_STATE_OBJECTIVES == set(OBJECTIVES)
+    assert set(likelihood.RETAIN_TERMS) | {"none", "hidden_mse"} == set(get_args(methods.RetainLoss))
+
+
+def test_dpo_needs_an_alternative_for_each_forget_sequence() -> None:
+    view = moe_view(tiny.build_model("qwen2_moe"))
+    with pytest.raises(MethodError, match="5 forget sequences, and has 4") as caught:
+        build_objective(view, method("dpo"), TrainingData(FORGET, RETAIN, ALTERNATIVES[:4]), TARGETS)
+    assert caught.value.code == "alternatives_required"
+
+
+def test_pdu_needs_a_retain_set() -> None:
+    view = moe_view(tiny.build_model("qwen2_moe"))
+    with pytest.raises(MethodError, match="pdu") as caught:
+        build_objective(view, method("pdu"), TrainingData(FORGET, []), TARGETS)
+    assert caught.value.code == "retain_set_required"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_only_pdu_learns_something(name: str) -> None:
+    _, _, terms_of = build(name)
+    assert (set(terms_of.state()) == {"retain_weight"}) is (name == "pdu")
+    terms_of.load_state({})
+
+
+def test_the_control_vector_is_that_of_the_seed() -> None:
+    _, _, terms_of = build("rmu", rmu_coefficient=3.0, seed=6)
+    torch.testing.assert_close(terms_of._goal, 3.0 * losses.control_vector(32, 6))  # type: ignore[attr-defined]
