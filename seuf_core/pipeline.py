@@ -17,25 +17,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from seuf_core.attribution.affinity import (
-    RoutingStatistics,
-    Stability,
-    contrast,
-    random_scores,
-    routing_statistics,
-    stability,
-)
-from seuf_core.attribution.selection import (
-    SelectedExpert,
-    by_layer,
-    coverage,
-    random_in_same_layers,
-    select,
-)
+from seuf_core.attribution.scores import Scored, score_experts
+from seuf_core.attribution.selection import SelectedExpert, by_layer, coverage, selections
+from seuf_core.attribution.stability import Stability, stability
 from seuf_core.checkpoint.index import read_index
 from seuf_core.checkpoint.manifest import Manifest
 from seuf_core.checkpoint.writer import write_checkpoint
-from seuf_core.data.batches import PADDING, Encoded, encode_examples, length_bucketed
+from seuf_core.data.batches import encode_examples
 from seuf_core.errors import Cancelled, MethodError, WriteError
 from seuf_core.evaluate.probes import EncodedProbe, encode_probes, score_probes, summarise
 from seuf_core.inputs import Inputs, read_inputs
@@ -55,8 +43,6 @@ from seuf_core.unlearning.scopes import (
     snapshot,
 )
 from seuf_core.version import __version__
-
-TOKENS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True)
@@ -101,19 +87,6 @@ class UnlearnResult:
     checkpoint: Path | None
     manifest: Manifest | None
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job whose model is loaded: what every later step needs."""
-
-    view: MoEView
-    inputs: Inputs
-    data: TrainingData
-    selection_probes: list[EncodedProbe]
-    test_probes: list[EncodedProbe]
-    method: Method
-    observer: Observer
 
 
 def unlearn(
@@ -210,121 +183,45 @@ class _Clock:
         self.laps[name], self._last = round(now - self._last, 3), now
 
 
-def load(model: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in the dtype it is stored in, in eval mode, and its tokenizer; from disk only, no remote code."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    return loaded.to(device).eval(), tokenizer
+def attribute_only(
+    model: Path,
+    forget: Path,
+    *,
+    retain: Path | None = None,
+    method: Method | None = None,
+    observer: Observer | None = None,
+) -> Attributed:
+    """Score the experts and choose the targets as `unlearn` would, and train nothing.
 
-
-def open_job(model: Path, inputs: Inputs, method: Method, observer: Observer) -> Job:
-    """Load the model and tokenise everything, so that a text that cannot be used is known before the training.
-
-    Says how many examples and probes `max_length` cut.
+    Raises:
+        DataError, ModelError, MethodError: inputs that cannot be used, or a scope that selects no expert.
     """
-    loaded, tokenizer = load(model)
-    forget, retain = (
-        encode_examples(tokenizer, examples, method.max_length)
-        for examples in (inputs.forget.train, inputs.retain.train if inputs.retain else [])
-    )
-    selection, test = (
-        encode_probes(tokenizer, probes, method.max_length)
-        for probes in (inputs.selection_probes, inputs.test_probes)
-    )
-    answers = [sequence for probe in selection + test for sequence in probe.sequences]
-    for code, what, sequences in (
-        ("examples_cut", "training examples", forget + retain),
-        ("probes_cut", "choices of probes", answers),
-    ):
-        if cut := sum(encoded.truncated for encoded in sequences):
-            message = f"{cut} of {len(sequences)} {what} were cut to {method.max_length} tokens."
-            observer.event("warning", {"code": code, "message": message})
-    data = TrainingData(forget, retain)
-    return Job(moe_view(loaded), inputs, data, selection, test, method, observer)
+    method, observer = (method or Method()).to_attribute(), observer or Silent()
+    inputs = read_inputs(model, forget, retain, None, method, observer)
+    return attribute(open_job(model, inputs, method, observer))
 
 
 def attribute(job: Job) -> Attributed:
     """Score every expert on the training parts and choose the targets."""
     view, data, method = job.view, job.data, job.method
-
-    def statistics(encoded: list[Encoded], offset: int) -> RoutingStatistics:
-        total = len(data.forget) + (len(data.retain) if method.attribution == "contrast" else 0)
-        batches = length_bucketed(encoded, TOKENS_PER_BATCH, PADDING)
-        on_device = (batch.to(view.model.device) for batch in batches)
-        return routing_statistics(
-            view, on_device, lambda n: job.observer.phase("attributing", offset + n, total)
-        )
-
-    forget = statistics(data.forget, 0)
-    match method.attribution:
-        case "contrast":
-            scores = contrast(forget, statistics(data.retain, len(data.forget)))
-        case "affinity":
-            scores = forget.affinity
-        case "random":
-            scores = random_scores(len(view.layers), view.num_experts, method.seed)
-    chosen = select(
-        scores,
-        forget,
-        count=None if method.experts == "auto" else method.experts,
-        spread=method.spread,
-        min_coverage=method.coverage,
-        max_experts=method.max_experts,
+    scored = score_experts(
+        view,
+        data.forget,
+        data.retain,
+        method,
+        lambda done, total: job.observer.phase("attributing", done, total),
     )
-    if method.scope == "random_expert":
-        chosen = random_in_same_layers(chosen, scores, view.layer_indices, method.seed)
-    stable, covered = stability(forget, view.num_experts_per_tok), coverage(forget, chosen)
-    attributed = Attributed(method.attribution, scores, view.layer_indices, stable, chosen, covered)
+
+    def choose(half: Scored) -> list[tuple[int, int]]:
+        return [(target.layer, target.expert) for target in selections(half, method)[0]]
+
+    chosen = selections(scored, method)[0]
+    stable = stability(scored, view.num_experts_per_tok, choose)
+    covered = coverage(scored.forget, chosen)
+    attributed = Attributed(method.attribution, scored.matrix, view.layer_indices, stable, chosen, covered)
     job.observer.event("attribution", attributed.as_dict())
     job.observer.event("selection", {"experts": [asdict(target) for target in chosen], "coverage": covered})
     return attributed
-
-
-def train(
-    job: Job, trainable: Trainable, initial: Values, targets: dict[int, tuple[int, ...]], work: Path
-) -> RungResult:
-    """Try the rates of the ladder from `initial` until one has forgotten; the best step by the rule wins.
-
-    Raises:
-        MethodError: `nothing_forgotten`, when the base itself is the best that the bound allows.
-    """
-    method, probes = job.method, job.selection_probes
-
-    def evaluate() -> Quality:
-        return quality_of(probes, score_probes(job.view.model, probes))
-
-    data = job.data if method.retain_loss != "none" else replace(job.data, retain=[])
-    run = Run(
-        method=method,
-        trainable=trainable,
-        initial=initial,
-        objective=build_objective(job.view, method, data, targets),
-        evaluate=evaluate,
-        base=evaluate(),
-        sizes=(len(data.forget), len(data.retain)),
-        work=work,
-        # On another machine a near tie may select other experts: their training is not this one's.
-        fingerprint=f"{job.inputs.fingerprint}/{sorted(targets.items())}",
-        observer=job.observer,
-    )
-    rungs: list[RungResult] = []
-    for rung, learning_rate in enumerate(method.ladder):
-        rungs.append(train_rung(run, rung, learning_rate))
-        job.observer.event("rung", {"rung": rung, "learning_rate": learning_rate, **rungs[-1].best.as_dict()})
-        if rungs[-1].best.quality.fell_to(FORGOTTEN, run.base):
-            break
-    winner = min(rungs, key=lambda result: order(result.best))
-    if winner.best.step == 0:
-        raise MethodError(
-            "nothing_forgotten",
-            f"No step of {len(rungs)} run(s) forgot anything within max_retain_drop {method.max_retain_drop}.",
-            "Raise max_retain_drop or steps, give other learning rates, or train more experts.",
-            "/method",
-        )
-    return winner
 
 
 def measure(

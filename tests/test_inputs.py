@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from seuf_core.attribution.affinity import routing_statistics
+from seuf_core.attribution.statistics import routing_statistics
 from seuf_core.data.batches import collate, encode_examples
 from seuf_core.errors import DataError
 from seuf_core.inputs import SELECTION_PROBES, Inputs, read_inputs

@@ -1,0 +1,175 @@
+"""Every score by name: how much each expert serves the forget set, as a matrix [L, E].
+
+A score is a pure function of what was measured on the data; `score_experts` measures what it needs, on two
+disjoint halves of the sequences, so that how stable a score is costs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+
+from seuf_core.attribution.gradient import Derivatives, expert_derivatives
+from seuf_core.attribution.statistics import RoutingStatistics, routing_statistics
+from seuf_core.data.batches import PADDING, Batch, Encoded, length_bucketed
+from seuf_core.method import Attribution, Method
+from seuf_core.moe.view import MoEView
+
+# Padded tokens of a forward pass, and of a forward and backward pass, which keeps every layer's activations.
+TOKENS_PER_BATCH = 8192
+TOKENS_PER_BACKWARD = 1024
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the passes over the data found.
+
+    forget, retain: routing of the sets; retain is None for a score that does not read it.
+    derivatives: of the forget loss; None for a score that does not read it. seed: of the method.
+    """
+
+    forget: RoutingStatistics
+    retain: RoutingStatistics | None
+    derivatives: Derivatives | None
+    seed: int
+
+    def __add__(self, other: Measured) -> Measured:
+        """Both halves together."""
+        return Measured(
+            self.forget + other.forget,
+            self.retain + other.retain if self.retain and other.retain else None,
+            self.derivatives + other.derivatives if self.derivatives and other.derivatives else None,
+            self.seed,
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether a set that was measured has no sequence."""
+        sets = (self.forget, self.retain, self.derivatives)
+        return any(measured.sequences == 0 for measured in sets if measured is not None)
+
+
+def affinity(measured: Measured) -> torch.Tensor:
+    """Eq. 2 of the paper; see `RoutingStatistics.affinity`."""
+    return measured.forget.affinity
+
+
+def token_share(measured: Measured) -> torch.Tensor:
+    """The share of the tokens' places; see `RoutingStatistics.token_share`."""
+    return measured.forget.token_share
+
+
+def gate_full(measured: Measured) -> torch.Tensor:
+    """The router's score whether selected or not; see `RoutingStatistics.gate_full`."""
+    return measured.forget.gate_full
+
+
+def contrast(measured: Measured) -> torch.Tensor:
+    """Affinity on forget minus affinity on retain, fp64 [L, E]: who serves the one and not the other.
+
+    Axis: experts of all layers compare. Invariant: antisymmetric in the two sets, 0 for equal ones.
+    """
+    if measured.retain is None:
+        raise ValueError("contrast was not given a retain set")
+    return measured.forget.affinity - measured.retain.affinity
+
+
+def gradient(measured: Measured) -> torch.Tensor:
+    """|sum over all of the expert's parameters of dLoss/dw * w|, fp64 [L, E], nats.
+
+    Loss = mean over the forget sequences of the mean negative log-likelihood of their label tokens. To first order
+    it is how far removing the expert moves that loss. The absolute value is taken once, over the set: an expert
+    that helps one sequence as much as it harms another serves the set with neither.
+
+    Axis: experts of all layers compare. Invariant: >= 0, and 0 for an expert that no token chose.
+    """
+    if measured.derivatives is None:
+        raise ValueError("gradient was not given derivatives")
+    return measured.derivatives.mean.abs()
+
+
+def random(measured: Measured) -> torch.Tensor:
+    """Seeded uniform scores in [0, 1), fp64 [L, E]. Invariant: a function of shape and seed alone."""
+    generator = torch.Generator().manual_seed(measured.seed)
+    return torch.rand(measured.forget.gates.shape, generator=generator, dtype=torch.float64)
+
+
+class Score(NamedTuple):
+    """A score, and what it reads beside the routing of the forget set."""
+
+    compute: Callable[[Measured], torch.Tensor]
+    reads_retain: bool = False
+    reads_gradient: bool = False
+
+
+SCORES: Final[dict[Attribution, Score]] = {
+    "affinity": Score(affinity),  # SEUF, arXiv 2411.18797 Eq. 2
+    "token_share": Score(token_share),  # ESFT, arXiv 2407.01906
+    "gate_full": Score(gate_full),
+    "contrast": Score(contrast, reads_retain=True),
+    "gradient": Score(gradient, reads_gradient=True),  # arXiv 1906.10771
+    "random": Score(random),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of all experts.
+
+    matrix: [L, E] float64, higher serves the forget set more. forget: routing of the forget set.
+    halves: the same from the even and from the odd sequences of every set; () when one of them has no sequence.
+    """
+
+    matrix: torch.Tensor
+    forget: RoutingStatistics
+    halves: tuple[Scored, ...] = ()
+
+
+def score_experts(
+    view: MoEView,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    method: Method,
+    progress: Progress = lambda _done, _total: None,
+) -> Scored:
+    """Score every expert by `method.attribution`.
+
+    Args:
+        view: the loaded model, in eval mode; it is left as it was.
+        forget, retain: the sequences of the sets; retain is read by `contrast` only.
+        progress: called with sequences done and all to do; a sequence counts once for each pass over it.
+    """
+    score = SCORES[method.attribution]
+    passes = 1 + score.reads_gradient
+    total = passes * len(forget) + (len(retain) if score.reads_retain else 0)
+    done = 0
+
+    def read(sequences: Sequence[Encoded], tokens: int) -> Iterator[Batch]:
+        nonlocal done
+        for batch in length_bucketed(sequences, tokens, PADDING):
+            yield batch.to(view.model.device)
+            done += batch.input_ids.shape[0]
+            progress(done, total)
+
+    def measure(half: slice) -> Measured:
+        return Measured(
+            routing_statistics(view, read(forget[half], TOKENS_PER_BATCH)),
+            routing_statistics(view, read(retain[half], TOKENS_PER_BATCH)) if score.reads_retain else None,
+            expert_derivatives(view, read(forget[half], TOKENS_PER_BACKWARD))
+            if score.reads_gradient
+            else None,
+            method.seed,
+        )
+
+    halves = (measure(slice(0, None, 2)), measure(slice(1, None, 2)))
+    whole = halves[0] + halves[1]
+    return Scored(
+        score.compute(whole),
+        whole.forget,
+        () if any(h.empty for h in halves) else tuple(Scored(score.compute(h), h.forget) for h in halves),
+    )
