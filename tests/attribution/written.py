@@ -32,7 +32,7 @@ def routed(scores: list[list[float]], chosen: list[list[int]]) -> Iterator[MoEVi
 def statistics_of(
     answer_experts: list[list[list[int]]], gates: torch.Tensor | None = None
 ) -> RoutingStatistics:
-    """Statistics of one sequence over four experts: `answer_experts` [P, L, K], and `gates` [L, 4] (0 where not given)."""
+    """Statistics of one sequence, four experts: `answer_experts` [P, L, K], and `gates` [L, 4] (0 if not given)."""
     layers = len(answer_experts[0])
     zeros = torch.zeros(layers, 4, dtype=torch.float64)
     return RoutingStatistics(
