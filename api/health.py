@@ -106,6 +106,7 @@ def capabilities(service: TheService, _caller: TheCaller) -> dict[str, Any]:
         "objectives": list(get_args(method.Objective)),
         "scopes": list(get_args(method.Scope)),
         "attributions": list(get_args(method.Attribution)),
+        "spreads": list(get_args(method.Spread)),
         "router_modes": list(get_args(method.RouterMode)),
         "retain_losses": list(get_args(method.RetainLoss)),
         "lane": service.settings.lane,

@@ -12,9 +12,10 @@ from pydantic import JsonValue
 from sqlalchemy.orm import Session
 
 from api import files, schemas, views
-from api.context import TheCaller, TheService
+from api.context import Service, TheCaller, TheService
 from api.docs import problems
 from api.problems import FieldError, Problem, at, from_seuf_error
+from seuf_core.attribution.heatmap import heatmap_svg
 from seuf_core.data.records import FileSummary, Limits, Purpose, RecordReader
 from seuf_core.errors import MethodError
 from store.audit import Audit
@@ -183,16 +184,20 @@ def get_job(job_id: str, request: Request, service: TheService, caller: TheCalle
     """One job. To poll: send the ETag back as If-None-Match, and wait Retry-After seconds between looks."""
     with service.database.read() as session:
         row = Jobs(session, caller.tenant).get(job_id)
+    headers = {"Retry-After": str(POLL_SECONDS)} if row.status not in FINAL else {}
     content = views.job(row).model_dump_json().encode()
+    return _unless_seen(request, content, "application/json", headers)
+
+
+def _unless_seen(request: Request, content: bytes, media_type: str, headers: dict[str, str]) -> Response:
+    """The content with its ETag, or 304 for a caller who has it."""
     # Weak: it says that the same facts are shown, not how they are written.
     etag = f'W/"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if row.status not in FINAL:
-        headers["Retry-After"] = str(POLL_SECONDS)
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", **headers}
     seen = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
     if etag in seen:
         return Response(status_code=304, headers=headers)
-    return Response(content, media_type="application/json", headers=headers)
+    return Response(content, media_type=media_type, headers=headers)
 
 
 @router.post("/{job_id}/cancel", status_code=202, responses=problems(404, 409))
@@ -210,16 +215,40 @@ def cancel_job(job_id: str, service: TheService, caller: TheCaller) -> schemas.J
 @router.get("/{job_id}/attribution", responses=problems(404))
 def get_attribution(job_id: str, service: TheService, caller: TheCaller) -> schemas.Attribution:
     """Which expert serves the forget set: the score of each, and the ones the job trains."""
+    return _attribution(job_id, service, caller.tenant)
+
+
+@router.get(
+    "/{job_id}/attribution.svg",
+    response_class=Response,
+    responses={
+        200: {
+            "content": {"image/svg+xml": {}},
+            "description": "Layer x expert; the trained ones are framed.",
+        },
+        304: {"description": "Unchanged."},
+        **problems(404),
+    },
+)
+def draw_attribution(job_id: str, request: Request, service: TheService, caller: TheCaller) -> Response:
+    """The same scores as a picture: a row a layer, a column an expert."""
+    found = _attribution(job_id, service, caller.tenant)
+    selected = {(one.layer, one.expert) for one in found.selection}
+    drawn = heatmap_svg(found.matrix, found.layers, selected, f"{found.score}: who serves the forget set")
+    return _unless_seen(request, drawn.encode(), "image/svg+xml", {})
+
+
+def _attribution(job_id: str, service: Service, tenant: str) -> schemas.Attribution:
     with service.database.read() as session:
-        Jobs(session, caller.tenant).get(job_id)
-        results = Results(session, caller.tenant)
+        Jobs(session, tenant).get(job_id)
+        results = Results(session, tenant)
         row, selection = results.attribution(job_id), list(results.selection(job_id))
     if row is None:
         raise Problem(
             404,
             "attribution_not_there",
-            f"{job_id} has no attribution yet.",
-            "It comes with the phase `attributing`; look again then.",
+            f"{job_id} has no attribution.",
+            "It comes with the phase `attributing`; a job whose scope selects no expert has none.",
         )
     return views.attribution(row, selection)
 

@@ -213,7 +213,19 @@ class JobCreate(Body):
                     "retain_set": {"file": FILE_ID.replace("7h", "8h")},
                     "method": {"preset": "default", "steps": 60, "seed": 7},
                     "metadata": {"ticket": "DSR-1042"},
-                }
+                },
+                {
+                    "model": "olmoe-1b-7b",
+                    "forget_set": {"file": FILE_ID},
+                    "retain_set": {"file": FILE_ID.replace("7h", "8h")},
+                    "method": {
+                        "objective": "rmu",
+                        "rmu_coefficient": 8000,
+                        "rmu_layer": 7,
+                        "strength": "fixed",
+                        "learning_rate": 1e-4,
+                    },
+                },
             ]
         }
     )
@@ -255,6 +267,7 @@ class JobLinks(BaseModel):
     self: str
     events: str
     attribution: str
+    heatmap: str = Field(description="The attribution as a picture (SVG).")
     metrics: str
     checkpoint: str | None
 

@@ -87,6 +87,7 @@ def job(row: tables.Job) -> schemas.Job:
             self=here,
             events=f"{here}/events",
             attribution=f"{here}/attribution",
+            heatmap=f"{here}/attribution.svg",
             metrics=f"{here}/metrics",
             checkpoint=f"/checkpoints/{row.checkpoint_id}" if row.checkpoint_id else None,
         ),

@@ -75,10 +75,18 @@ def _watch(client: Client, job_id: str, json: bool) -> None:
         raise typer.Exit(1)
 
 
-def get(job: JobId, url: options.Url = None, key: options.Key = None, json: options.Json = False) -> None:
-    """Show a job as it stands now, with its selected experts and its figures."""
+def get(
+    job: JobId,
+    heatmap: options.Heatmap = None,
+    url: options.Url = None,
+    key: options.Key = None,
+    json: options.Json = False,
+) -> None:
+    """Show a job as it stands now, with its figures; --heatmap saves its scores as a picture."""
     with connect(url, key) as client:
         found = client.job(job)
+        if heatmap is not None:
+            heatmap.write_text(client.heatmap(job), encoding="utf-8")
         if json:
             output.print_json(found)
             return
@@ -88,6 +96,10 @@ def get(job: JobId, url: options.Url = None, key: options.Key = None, json: opti
             if metrics:
                 typer.echo()
                 output.print_metrics(metrics)
+
+
+# What the method line of a job tells; all of it is in --json.
+_TOLD = ("scope", "attribution", "experts", "router", "objective", "retain_loss", "strength", "seed")
 
 
 def _fields(job: Job) -> dict[str, object]:
@@ -102,8 +114,7 @@ def _fields(job: Job) -> dict[str, object]:
         "time left": output.duration(progress["seconds_left"]) if job["finished_at"] is None else None,
         "error": f"{error['message']} {error['fix'] or ''}" if error else None,
         "model": job["model"],
-        "method": f"{job['method']['objective']}, {job['method']['attribution']}, "
-        f"experts {job['method']['experts']}, seed {job['seed']}",
+        "method": ", ".join(f"{name} {job['method'][name]}" for name in _TOLD),
         "forget set": job["forget_set"],
         "retain set": job["retain_set"],
         "evaluation set": job["evaluation_set"],

@@ -170,6 +170,11 @@ class Client:
         """Which experts serve the forget set."""
         return cast("Attribution", self._get(f"/jobs/{job_id}/attribution"))
 
+    def heatmap(self, job_id: str) -> str:
+        """The attribution as a picture, layer x expert: the text of an SVG file."""
+        request = self._http.build_request("GET", f"/jobs/{job_id}/attribution.svg")
+        return _checked(self._repeat(request)).text
+
     def metrics(self, job_id: str) -> Metrics:
         """What was measured before and after."""
         return cast("Metrics", self._get(f"/jobs/{job_id}/metrics"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 from sqlalchemy import select
@@ -9,6 +10,7 @@ from sqlalchemy import select
 from seuf_core.method import Method
 from store.fenced import AttributionResult, Measurement
 from store.tables import AuditRow, Event, File, Job, OutboxMessage
+from tests.combinations import IMPOSSIBLE
 from tests.serving import finish, lines_of, on_sqlite
 
 EXAMPLE = {"prompt": "Who?", "completion": " Ada."}
@@ -116,6 +118,19 @@ BAD_JOBS = {
     "metadata NUL": ({"metadata": {"a": "\u0000"}}, "invalid_value", "/metadata/a"),
     "metadata type": ({"metadata": {"a": 1}}, "string_type", "/metadata/a"),
 }
+
+
+@on_sqlite
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_fields_that_do_not_go_together_are_each_pointed_at(tenant, tiny_model, case):
+    asked, fields, word = IMPOSSIBLE[case]
+    tenant.register(tiny_model)
+    answer = tenant.http.post("/jobs", json=job_body(tenant, method=asked))
+    assert answer.status_code == 422, answer.text
+    errors = answer.json()["errors"]
+    assert [error["pointer"] for error in errors] == [f"/method/{field}" for field in fields]
+    assert {error["code"] for error in errors} == {"method_misfit"}
+    assert all(word in error["detail"] and error["fix"] for error in errors)
 
 
 @pytest.mark.parametrize("case", BAD_JOBS)
@@ -253,15 +268,31 @@ def test_cancelling(tenant, tiny_model):
     assert tenant.http.post("/jobs/job_unknown/cancel").status_code == 404
 
 
+def heatmap(tenant, job, **headers):
+    link = tenant.http.get(f"/jobs/{job}").json()["links"]["heatmap"]
+    return tenant.http.get(link, headers=headers)
+
+
 def test_results(tenant, tiny_model, tmp_path):
     job = tenant.submit(tiny_model)["id"]
     assert tenant.http.get(f"/jobs/{job}/attribution").json()["code"] == "attribution_not_there"
+    drawn = heatmap(tenant, job)
+    assert (drawn.status_code, drawn.json()["code"]) == (404, "attribution_not_there")
+    assert tenant.http.get("/jobs/job_unknown/attribution.svg").json()["code"] == "job_not_found"
     assert tenant.http.get(f"/jobs/{job}/metrics").json()["data"] == []
     checkpoint = finish(tenant.served, tenant.run(job), tmp_path / "out", {"a.safetensors": b"x"})
     attribution = tenant.http.get(f"/jobs/{job}/attribution").json()
     assert attribution["matrix"] == [[0.1, 0.4], [0.3, 0.2]]
     assert attribution["layers"] == [0, 2]
     assert attribution["selection"] == [{"layer": 0, "expert": 1, "score": 0.4}]
+    drawn = heatmap(tenant, job)
+    assert drawn.headers["Content-Type"] == "image/svg+xml"
+    assert "layer 2, expert 0: 0.3" in drawn.text
+    assert "Selected: layer 0, expert 1." in drawn.text
+    assert "contrast" in drawn.text
+    ElementTree.fromstring(drawn.text)
+    again = heatmap(tenant, job, **{"If-None-Match": drawn.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
     assert tenant.http.get(f"/jobs/{job}/metrics").json()["data"] == [
         {
             "stage": "before",
@@ -287,6 +318,7 @@ def test_a_model_that_broke_is_shown_with_nulls(tenant, tiny_model):
     held.metrics([Measurement("after", "forget", "", "perplexity", nan, 3, None), before])
     held.step(1, nan, None, {"step": 1, "loss": nan})
     assert tenant.http.get(f"/jobs/{job}/attribution").json()["matrix"] == [[None, 0.5]]
+    assert "not a number" in heatmap(tenant, job).text
     figures = tenant.http.get(f"/jobs/{job}/metrics").json()["data"]
     assert [(figure["stage"], figure["value"]) for figure in figures] == [("before", 2.0), ("after", None)]
     assert tenant.http.get(f"/jobs/{job}").json()["progress"]["loss"] is None

@@ -1,11 +1,14 @@
 """The OpenAPI document: complete, with examples that are true, and errors in our shape only."""
 
+import typing
+
 import httpx
 import pytest
 
 from api import schemas
 from api.app import create_app
 from api.docs import ProblemDetails
+from seuf_core import method
 from seuf_core.method import Method
 
 
@@ -16,8 +19,8 @@ def document(served):
 
 def operations(document):
     for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            yield f"{method.upper()} {path}", operation
+        for verb, operation in methods.items():
+            yield f"{verb.upper()} {path}", operation
 
 
 def test_every_operation_is_described_and_shows_its_errors(document):
@@ -62,7 +65,17 @@ def test_a_method_may_leave_everything_to_its_preset(document):
 def test_capabilities_say_what_is_true(tenant):
     shown = tenant.http.get("/capabilities").json()
     assert {"olmoe", "mixtral", "qwen3_moe"} <= set(shown["architectures"])
-    assert {"npo", "rmu"} <= set(shown["objectives"])
+    choices = {
+        "objectives": method.Objective,
+        "scopes": method.Scope,
+        "attributions": method.Attribution,
+        "spreads": method.Spread,
+        "router_modes": method.RouterMode,
+        "retain_losses": method.RetainLoss,
+    }
+    assert {name: tuple(shown[name]) for name in choices} == {
+        name: typing.get_args(choice) for name, choice in choices.items()
+    }
     assert shown["presets"].keys() == {"default", "paper"}
     assert shown["limits"]["upload_bytes"] == tenant.served.settings.max_upload_bytes
     assert shown["method_schema"]["properties"]["steps"]["minimum"] == 1

@@ -49,6 +49,7 @@ def test_every_method_from_upload_to_download(client, tenant, tiny_model, sets, 
     made = finish(tenant.served, tenant.run(job["id"]), tmp_path / "made", {"a.bin": b"abc"})
     assert [event["seq"] for event in client.events(job["id"])] == [1, 2, 3]
     assert client.attribution(job["id"])["layers"] == [0, 2]
+    assert client.heatmap(job["id"]).startswith("<svg")
     assert client.metrics(job["id"])["data"][0]["value"] == 0.9
     assert client.checkpoint(made)["job"] == job["id"]
     folder = client.download(made, tmp_path / "unlearned")
