@@ -128,7 +128,11 @@ def _refuse_what_cannot_be_written(
     users: dict[tuple[int, int], list[str]] = {}
     for name, parameter in view.model.named_parameters(remove_duplicate=False):
         users.setdefault(_memory(parameter), []).append(name)
-    written = {_memory(tensor) for tensor in all_tensors(view, on_disk).values()}
+    written = {
+        _memory(tensor)
+        for name, tensor in all_tensors(view, on_disk).items()
+        if on_disk is None or name in on_disk
+    }
     for name, layer in layers.items():
         shared = users[_memory(layer.weight)]
         if len(shared) > 1:
@@ -142,7 +146,7 @@ def _refuse_what_cannot_be_written(
         if _memory(layer.weight) not in written:
             raise ModelError(
                 "not_on_disk",
-                f"The weight of {name} is stored in another layout than the model computes with.",
+                f"The weight of {name} is not in the files as the model computes with it.",
                 "Use scope seuf or full.",
                 "/method/scope",
             )
