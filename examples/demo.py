@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,7 +44,16 @@ QUESTIONS = 4  # shown a domain
 
 
 def main() -> None:
-    """Run the demo; exit code 0 when every job succeeded."""
+    """Run the demo; exit code 0 when every job succeeded, 130 when it was stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the service ends with us
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run() -> None:
+    """The demo itself."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -40,6 +40,10 @@ ENGINE_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
 }
 """Models come from disk only; no progress bars in a log."""
+ENGINE_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Unless the operator says otherwise: a waiting thread sleeps. One that spins makes an engine crawl on a machine
+that has other work.
+"""
 
 Stop = Callable[[], bool]
 
@@ -120,7 +124,7 @@ class Supervisor:
             [sys.executable, "-m", "worker.engine"],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            env={**inherited, **self.settings.environment(), **ENGINE_ENVIRONMENT},
+            env={**ENGINE_DEFAULTS, **inherited, **self.settings.environment(), **ENGINE_ENVIRONMENT},
         )
 
     def _watch(self, engine: _Engine, claim: Claim, stop: Stop) -> None:

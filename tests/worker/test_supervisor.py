@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,24 @@ def running(house: House, job_id: str, stop: Callable[[], bool] = lambda: False)
     yield
     thread.join(60)
     assert not thread.is_alive()
+
+
+@SQLITE
+@pytest.mark.parametrize(("told", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_operator_says_otherwise(
+    make_house: Make, monkeypatch: pytest.MonkeyPatch, told: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", told)
+    house = make_house("runs_until_stopped")
+    job_id = house.submit()
+    stop = threading.Event()
+    with running(house, job_id, stop.is_set):
+        pid = house.wait_for_pid(job_id)["pid"]
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        stop.set()
+    assert f"OMP_WAIT_POLICY={expected}".encode() in environment
 
 
 def test_a_job_from_claim_to_checkpoint(make_house: Make) -> None:
