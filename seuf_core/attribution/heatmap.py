@@ -1,7 +1,7 @@
 """The score matrix as a picture: layer x expert, the selected experts outlined (torch-free, SVG in plain Python).
 
-Colours are interpolated in Oklab (https://bottosson.github.io/posts/oklab/), so that equal steps of the score look
-like equal steps. The picture carries no script, style sheet, font or id: it can be inlined any number of times.
+Colours are interpolated in Oklab (https://bottosson.github.io/posts/oklab/) between stops that lie equally far
+apart there, so that equal steps of the score look like equal steps. The picture carries no script, style sheet, font or id: it can be inlined any number of times.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ FONT: Final = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial
 
 WIDTH: Final = 1024  # of the cells, at most; px
 LARGEST_CELL: Final = 40
-SMALLEST_CELL: Final = 8
-LEFT, TOP, BOTTOM, BAR = 58, 58, 52, 110  # px around the cells
-FEWEST_COLUMNS: Final = 320  # px: room for the title
-CHARACTER: Final = 8.6  # px of the title's font, about
+SMALLEST_CELL: Final = 6
+LEFT, TOP, BOTTOM, RIGHT = 58, 58, 52, 120  # px around the cells; the colour bar is on the right
+NARROWEST: Final = 480  # px of the whole picture: room for a title
+SHORTEST_BAR: Final = 120  # px of the colour bar and what is around it
+CHARACTER: Final = 10.5  # px of a title's character in the widest of the fonts
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def heatmap_svg(
     experts = len(scores[0]) if scores else 0
     if not experts or len(scores) != len(layers) or any(len(row) != experts for row in scores):
         raise ValueError("scores must be a matrix with one row for each of layers")
+    title = "".join(char if char.isprintable() else " " for char in title)  # XML has no control characters
     cell = max(SMALLEST_CELL, min(LARGEST_CELL, WIDTH // experts))
     width, height = experts * cell, len(layers) * cell
     matrix = [[math.nan if value is None else value for value in row] for row in scores]
@@ -89,7 +91,7 @@ def heatmap_svg(
     outlined = sorted((rows.get(layer, -1), expert) for layer, expert in selected)
     if any(row < 0 or not 0 <= expert < experts for row, expert in outlined):
         raise ValueError("selected must name cells of scores")
-    full = (LEFT + max(width, FEWEST_COLUMNS) + BAR, TOP + max(height, 120) + BOTTOM)
+    full = (max(LEFT + width + RIGHT, NARROWEST), TOP + max(height, SHORTEST_BAR) + BOTTOM)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {full[0]} {full[1]}" width="{full[0]}" '
@@ -102,7 +104,7 @@ def heatmap_svg(
             *_cells(matrix, layers, scale, cell),
             *_axes(layers, experts, cell),
             *_outlines(outlined, cell),
-            *_colour_bar(scale, max(width, FEWEST_COLUMNS) + 24, max(height, 120)),
+            *_colour_bar(scale, width + 24, max(height, SHORTEST_BAR)),
             "</g>",
             "</svg>",
             "",
