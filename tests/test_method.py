@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
 from seuf_core.errors import MethodError
-from seuf_core.method import GROUPS, Method
+from seuf_core.method import GROUPS, Method, RouterMode, Scope
 from tests.combinations import CHOICES, IMPOSSIBLE
 
 
@@ -69,6 +72,34 @@ def test_what_cannot_be_had_together_is_refused_by_name(name: str) -> None:
     assert [field for field in error["ctx"]["fields"] if field in asked] == list(fields)
     assert word in error["ctx"]["problem"]
     assert error["ctx"]["fix"]
+
+
+@pytest.mark.parametrize("router", get_args(RouterMode))
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_a_scope_has_the_routers_it_can_train_and_is_refused_the_others(scope: str, router: str) -> None:
+    allowed = {
+        **dict.fromkeys(("seuf", "random_expert", "top_m"), ("freeze", "train", "project")),
+        **dict.fromkeys(("esft", "experts_only", "lora"), ("freeze",)),
+        "router_only": ("train", "project"),
+        "full": ("freeze", "train"),
+    }[scope]
+    asked = {"scope": scope, "router": router, **({"experts": 2} if scope == "top_m" else {})}
+    if router in allowed:
+        method = Method.model_validate(asked)
+        assert method.router == router
+        assert method.trains_router == (router != "freeze" and scope != "full")
+        return
+    with pytest.raises(ValidationError) as refused:
+        Method.model_validate(asked)
+    (error,) = refused.value.errors()
+    assert error["ctx"]["fields"] == ("router", "scope")
+    assert scope in error["ctx"]["problem"]
+    named = re.fullmatch(r"Use router (\w+)(?: or (\w+))?(?:, or scope (\w+))?\.", error["ctx"]["fix"])
+    assert named is not None
+    for way_out in filter(None, named.groups()[:2]):
+        Method.model_validate({**asked, "router": way_out})
+    if named.group(3):
+        Method.model_validate({**asked, "scope": named.group(3)})
 
 
 def test_groups_start_at_fields_and_miss_none() -> None:
