@@ -1,7 +1,8 @@
 """The score matrix as a picture: layer x expert, the selected experts outlined (torch-free, SVG in plain Python).
 
 Colours are interpolated in Oklab (https://bottosson.github.io/posts/oklab/) between stops that lie equally far
-apart there, so that equal steps of the score look like equal steps. The picture carries no script, style sheet, font or id: it can be inlined any number of times.
+apart there, so that equal steps of the score look like equal steps. The picture carries no script, style sheet,
+font or id: it can be inlined any number of times.
 """
 
 from __future__ import annotations

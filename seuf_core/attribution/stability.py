@@ -40,7 +40,9 @@ def stability(
     if not scored.halves:
         return Stability()
     first, second = scored.halves
-    layers = list(zip(first.matrix, second.matrix, strict=True))
+    # An expert without a number is last: nobody would choose it.
+    matrices = [half.matrix.nan_to_num(nan=-torch.inf) for half in (first, second)]
+    layers = list(zip(*matrices, strict=True))
     overlaps = tuple(_jaccard(_top(a, num_experts_per_tok), _top(b, num_experts_per_tok)) for a, b in layers)
     correlations = tuple(_spearman(a, b) for a, b in layers)
     return Stability(
