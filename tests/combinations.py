@@ -100,3 +100,54 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
         "searches for nothing",
     ),
 }
+
+
+def _makes_sense(asked: dict[str, Any]) -> bool:
+    """Whether every field of `asked` has an effect: a whole model has no score, and a frozen scope no router."""
+    try:
+        made = method.Method.model_validate({**FIXED, **asked})
+    except ValueError:
+        return False
+    return made.selects_experts or not {"attribution", "spread", "router"} & asked.keys()
+
+
+def packed() -> list[dict[str, Any]]:
+    """Few methods that together have every choice at least once, for tests in which each job takes seconds."""
+    left, rows = list(CHOICES.values()), []
+    while left:
+        row: dict[str, Any] = {}
+        for choice in list(left):
+            agrees = all(row.get(field, value) == value for field, value in choice.items())
+            if agrees and not choice.items() <= row.items() and _makes_sense({**row, **choice}):
+                row |= choice
+        left = [choice for choice in left if not choice.items() <= row.items()]
+        assert row, left
+        rows.append(row)
+    return rows
+
+
+# What may differ on disk, by scope: experts, routers, or the rest of the model.
+TRAINED: dict[str, set[str]] = {
+    "seuf": {"expert"},
+    "random_expert": {"expert"},
+    "top_m": {"expert"},
+    "esft": {"expert"},
+    "experts_only": {"expert"},
+    "router_only": {"router"},
+    "lora": {"rest"},
+    "full": {"expert", "router", "rest"},
+}
+
+
+def trained_parts(asked: dict[str, Any]) -> set[str]:
+    """What a job with these fields changes."""
+    made = method.Method.model_validate({**FIXED, **asked})
+    return TRAINED[made.scope] | ({"router"} if made.trains_router else set())
+
+
+def changed_parts(manifest: dict[str, Any]) -> set[str]:
+    """What a manifest says was changed (names of qwen2_moe)."""
+    names = [entry["tensor"] for entry in manifest["changed"]]
+    return {
+        "expert" if ".experts." in n else "router" if n.endswith("mlp.gate.weight") else "rest" for n in names
+    }
