@@ -30,27 +30,37 @@ def selections(scored: Scored, method: Method) -> tuple[Selection, ...]:
     """What a method may train: one selection, or with `experts: auto` several that grow, the smallest first.
 
     Raises:
-        MethodError: `too_many_experts`, see `select`; `no_random_expert`, see `random_in_same_layers`.
+        MethodError: `too_many_experts`, `no_scores`, see `select`; `no_random_expert`, see `random_in_same_layers`.
     """
+    grown, layers = _best(scored, method), scored.forget.layers
+    if method.scope != "random_expert":
+        return grown
+    # The control grows only while every layer has as many experts left as were chosen from it.
+    free = [
+        grown[0],
+        *(chosen for chosen in grown[1:] if _most_in_a_layer(chosen) * 2 <= scored.matrix.shape[1]),
+    ]
+    return tuple(random_in_same_layers(chosen, scored.matrix, layers, method.seed) for chosen in free)
+
+
+def first_choice(scored: Scored, method: Method) -> list[tuple[int, int]]:
+    """(layer, expert) of the smallest selection; for the random control, of the experts it is the control of."""
+    return [(target.layer, target.expert) for target in _best(scored, method)[0]]
+
+
+def _best(scored: Scored, method: Method) -> tuple[Selection, ...]:
     scores, statistics = scored.matrix, scored.forget
-    grown: tuple[Selection, ...]
     if method.scope == "esft":
-        grown = (esft(scores, statistics.layers, method.esft_share),)
-    elif method.experts == "auto":
-        grown = growth(
+        return (esft(scores, statistics.layers, method.esft_share),)
+    if method.experts == "auto":
+        return growth(
             scores,
             statistics,
             spread=method.spread,
             min_coverage=method.coverage,
             max_experts=method.max_experts,
         )
-    else:
-        grown = (select(scores, statistics.layers, count=method.experts, spread=method.spread),)
-    if method.scope != "random_expert":
-        return grown
-    # The control grows only while every layer has as many experts left as were chosen from it.
-    free = [grown[0], *(chosen for chosen in grown[1:] if _most_in_a_layer(chosen) * 2 <= scores.shape[1])]
-    return tuple(random_in_same_layers(chosen, scores, statistics.layers, method.seed) for chosen in free)
+    return (select(scores, statistics.layers, count=method.experts, spread=method.spread),)
 
 
 def rank(scores: torch.Tensor, layers: tuple[int, ...], spread: Spread) -> list[SelectedExpert]:
