@@ -17,7 +17,8 @@ from api.docs import problems
 from api.problems import FieldError, Problem, at, from_seuf_error
 from seuf_core.attribution.heatmap import heatmap_svg
 from seuf_core.data.records import FileSummary, Limits, Purpose, RecordReader
-from seuf_core.errors import MethodError
+from seuf_core.errors import MethodError, ModelError
+from seuf_core.families import require_experts
 from store.audit import Audit
 from store.errors import NotFoundError
 from store.files import Files, artefact_key
@@ -115,7 +116,7 @@ def _spec(body: schemas.JobCreate, session: Session, tenant: str, stored: dict[P
     forget = sets["forget"]
     assert forget is not None  # required by the schema
     return JobSpec(
-        model_id=_model_id(body.model, session, tenant),
+        model_id=_model_id(body, session, tenant),
         forget=forget,
         retain=sets["retain"],
         evaluation=sets["evaluation"],
@@ -125,9 +126,13 @@ def _spec(body: schemas.JobCreate, session: Session, tenant: str, stored: dict[P
     )
 
 
-def _model_id(id_or_name: str, session: Session, tenant: str) -> str:
+def _model_id(body: schemas.JobCreate, session: Session, tenant: str) -> str:
     try:
-        return Models(session, tenant).get(id_or_name).id
+        row = Models(session, tenant).get(body.model)
+        if body.method.selects_experts:
+            require_experts(row.facts["model_type"], row.facts["moe_layers"])
+    except ModelError as error:
+        raise from_seuf_error(error, "/method/scope") from error
     except NotFoundError as error:
         raise at(
             "/model",
@@ -136,6 +141,7 @@ def _model_id(id_or_name: str, session: Session, tenant: str) -> str:
             error.message,
             "Register it with POST /models, or see GET /models.",
         ) from error
+    return row.id
 
 
 def _uploaded(body: schemas.JobCreate, purpose: Purpose, session: Session, tenant: str) -> SetRef | None:

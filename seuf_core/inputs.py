@@ -14,6 +14,7 @@ from seuf_core.data.parts import Parts, sample, split_records
 from seuf_core.data.records import Example, Probe, read_examples, read_probes
 from seuf_core.errors import DataError
 from seuf_core.evaluate.probes import probe_of
+from seuf_core.families import require_experts
 from seuf_core.method import Method
 from seuf_core.observer import Observer
 
@@ -48,6 +49,8 @@ def read_inputs(
     """
     observer.phase("validating", 0, 1)
     facts = inspect_model(model)
+    if method.selects_experts:
+        require_experts(facts.model_type, facts.moe_layers)
     method.check_retain(given=retain is not None)
     shares = (method.splits.train, method.splits.selection, method.splits.test)
     forget_parts = split_records(read_examples(forget), method.seed, shares)

@@ -14,88 +14,33 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+from tests.tiny_configs import CONFIGS, INITIALIZER_RANGE, SHAPE, SPECIAL_TOKENS
+from tests.tiny_configs import VOCAB_SIZE as VOCAB_SIZE
 
-# Wider than the usual .02: with a hidden size of 32 a router would otherwise be uniform to three digits, and
-# top-k selection would hang on rounding noise.
-INITIALIZER_RANGE = 0.2
-
-_SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": INITIALIZER_RANGE,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-# family -> (config class, fields beside _SHAPE)
-_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        {
-            "intermediate_size": 48,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 24,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-        },
-    ),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {
-            "intermediate_size": 48,
-            "moe_intermediate_size": 16,
-            "head_dim": 8,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-        },
-    ),
-    "olmoe": ("OlmoeConfig", {"intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}),
-    "mixtral": ("MixtralConfig", {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v2": (
-        "DeepseekV2Config",
-        {
-            "num_hidden_layers": 4,
-            "num_key_value_heads": 4,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "first_k_dense_replace": 1,
-            "topk_method": "greedy",
-            "n_group": 1,
-            "topk_group": 1,
-            "routed_scaling_factor": 1.0,
-            "kv_lora_rank": 16,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-        },
-    ),
-    "llama": ("LlamaConfig", {"intermediate_size": 48}),
-}
-
-MOE_FAMILIES = tuple(family for family in _CONFIGS if family != "llama")
+# A handful, for tests of what no family changes; tests/families goes through every row.
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2")
+DENSE = ("llama", "qwen2")
 
 
 def build_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random fp32 CPU model in eval mode; `overrides` are config fields. Same seed, same weights."""
-    class_name, fields = _CONFIGS[family]
-    config = getattr(transformers, class_name)(**{**_SHAPE, **fields, **overrides})
+    class_name, fields = CONFIGS[family]
+    config = getattr(transformers, class_name)(**{**SHAPE, **fields, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+        _fill_zeros(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _fill_zeros(model: PreTrainedModel) -> None:
+    """Some families start the biases of experts, routers and selection at 0, Trinity its routers: with zeros in
+    them, nobody would notice that they were left out."""
+    state = model.state_dict()
+    for name in sorted(state):
+        if name.endswith(("_bias", "router.bias", "router.gate.weight")) and not state[name].any():
+            state[name].normal_(0, INITIALIZER_RANGE)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

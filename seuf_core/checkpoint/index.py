@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ INDEX = "model.safetensors.index.json"
 
 # The bound of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
+
+_ROW = re.compile(r"(?P<name>.+)\[(?P<index>0|[1-9][0-9]*)\]")
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
@@ -69,6 +72,21 @@ class CheckpointIndex:
     folder: Path
     shards: tuple[Shard, ...]
     tensors: dict[str, TensorRecord]
+
+    def record(self, name: str) -> TensorRecord | None:
+        """Where a tensor lies, or None. `name[3]` is row 3 of its first axis: a tensor of its own inside another.
+
+        So one expert of a fused tensor can be read, written and sent as a delta by itself.
+        """
+        row = _ROW.fullmatch(name)
+        whole = self.tensors.get(row["name"] if row and name not in self.tensors else name)
+        if row is None or whole is None or whole.name == name:
+            return whole
+        if not whole.shape or int(row["index"]) >= whole.shape[0]:
+            return None
+        size = whole.bytes // whole.shape[0]
+        offset = whole.offset + int(row["index"]) * size
+        return TensorRecord(name, whole.shard, whole.dtype, whole.shape[1:], offset, size)
 
     def with_prefix(self, prefix: str) -> list[TensorRecord]:
         """Records whose name starts with `prefix`, in file order."""

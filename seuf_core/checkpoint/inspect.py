@@ -11,7 +11,14 @@ from typing import Any
 
 from seuf_core.checkpoint.index import CONFIG, CheckpointIndex, TensorRecord, read_index, read_json
 from seuf_core.errors import ModelError
-from seuf_core.families import FAMILIES, Family, family_of, has_experts
+from seuf_core.families import (
+    FAMILIES,
+    family_of,
+    has_experts,
+    num_experts,
+    num_experts_per_tok,
+    num_layers,
+)
 
 # Bytes of each tensor that enter the digest: at its start and at its middle.
 SAMPLE_BYTES = 256
@@ -19,14 +26,25 @@ SAMPLE_BYTES = 256
 TRAINABLE = frozenset({"F16", "BF16", "F32", "F64"})
 
 
+# What to do about weights that are quantised, by the quant_method of config.json.
+_DEQUANTISE = {
+    "mxfp4": "Load it with Mxfp4Config(dequantize=True) and save that, which gives the bfloat16 checkpoint.",
+    "fp8": "Load it with FineGrainedFP8Config(dequantize=True) and save that, which gives the bfloat16 checkpoint.",
+}
+_USE_FULL = "Use the 16 or 32 bit checkpoint it was made from, and quantise the result."
+
+# Endings of `architectures` in config.json that AutoModelForCausalLM opens.
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """A usable Mixture-of-Experts checkpoint.
+    """A usable checkpoint, of a Mixture-of-Experts model or of a dense one.
 
     Attributes:
         path: the folder, absolute.
-        moe_layers: indices of the layers that have experts; the others are dense.
-        num_experts: routed experts a layer.
+        moe_layers: indices of the layers that have experts; the others are dense. Empty for a dense model.
+        num_experts: routed experts a layer; num_experts_per_tok: those a token is sent to. 0 for a dense model.
         parameters: elements of all tensors on disk.
         bytes: of all tensors on disk.
         dtype: as safetensors writes it, the one with the most bytes.
@@ -46,35 +64,35 @@ class ModelFacts:
 
 
 def inspect_model(path: Path) -> ModelFacts:
-    """Facts of a folder that holds a supported Mixture-of-Experts model in safetensors.
+    """Facts of a folder that holds a causal language model in safetensors: of a family with a row, or dense.
 
     Raises:
-        ModelError: model_not_found, not_a_model, dense_model, unknown_architecture, quantised,
+        ModelError: model_not_found, not_a_model, not_a_language_model, unknown_architecture, quantised,
             incomplete_config, no_safetensors, incomplete_shards, broken_shard, ambiguous_tensor, or
             unexpected_layout.
     """
     folder = Path(path).absolute()
     config = read_config(folder)
-    family = _family(folder, config)
-    layers = family.moe_layers(config)
-    if not layers:
-        raise _dense(folder, config)
+    model_type = _model_type(folder, config)
     index = read_index(folder)
-    _check_layout(index, family, config)
     records = index.tensors.values()
     by_dtype: Counter[str] = Counter()
     for record in records:
         by_dtype[record.dtype] += record.bytes
+    dtype = by_dtype.most_common(1)[0][0] if by_dtype else "none"
+    if dtype not in TRAINABLE:
+        raise _quantised(folder, f"stored as {dtype}")
+    layers = _moe_layers(index, model_type, config)
     return ModelFacts(
         path=folder,
-        model_type=family.model_type,
-        num_layers=config["num_hidden_layers"],
+        model_type=model_type,
+        num_layers=num_layers(config),
         moe_layers=layers,
-        num_experts=family.num_experts(config),
-        num_experts_per_tok=family.num_experts_per_tok(config),
+        num_experts=num_experts(config) if layers else 0,
+        num_experts_per_tok=num_experts_per_tok(config) if layers else 0,
         parameters=sum(record.elements for record in records),
         bytes=by_dtype.total(),
-        dtype=by_dtype.most_common(1)[0][0],
+        dtype=dtype,
         digest=model_digest(index),
     )
 
@@ -124,7 +142,8 @@ def _sample(file: int, record: TensorRecord) -> bytes:
     return os.pread(file, SAMPLE_BYTES, record.offset) + os.pread(file, SAMPLE_BYTES, middle)
 
 
-def _family(folder: Path, config: dict[str, Any]) -> Family:
+def _model_type(folder: Path, config: dict[str, Any]) -> str:
+    """The model type of a config that can be used: a language model, known or dense, not quantised."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(
@@ -132,43 +151,52 @@ def _family(folder: Path, config: dict[str, Any]) -> Family:
             f"{folder / CONFIG} has no model_type.",
             "Restore the config it was published with.",
         )
-    if model_type not in FAMILIES and not has_experts(config):
-        raise _dense(folder, config)
-    family = family_of(model_type)
-    if config.get("quantization_config"):
-        raise _quantised(folder)
-    return family
+    if model_type not in FAMILIES and has_experts(config):
+        family_of(model_type)  # says which are known
+    classes = config.get("architectures") or []
+    if classes and not any(str(name).endswith(_LANGUAGE_MODELS) for name in classes):
+        raise ModelError(
+            "not_a_language_model",
+            f"{folder} holds a {', '.join(map(str, classes))}, which is no causal language model.",
+            "Use a model that AutoModelForCausalLM opens.",
+        )
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise _quantised(folder, str(method or "no quant_method named"), _DEQUANTISE.get(str(method)))
+    return model_type
 
 
-def _dense(folder: Path, config: dict[str, Any]) -> ModelError:
-    return ModelError(
-        "dense_model",
-        f"{folder} ({config.get('model_type')}) has no experts: selected-expert unlearning needs some.",
-        f"Use a Mixture-of-Experts model of one of: {', '.join(sorted(FAMILIES))}.",
-    )
-
-
-def _quantised(folder: Path) -> ModelError:
+def _quantised(folder: Path, how: str, fix: str | None = None) -> ModelError:
     return ModelError(
         "quantised",
-        f"The weights of {folder} are quantised: they cannot be trained.",
-        "Use the 16 or 32 bit checkpoint and quantise the result.",
+        f"The weights of {folder} are quantised ({how}): they cannot be trained.",
+        fix or _USE_FULL,
     )
 
 
-def _check_layout(index: CheckpointIndex, family: Family, config: dict[str, Any]) -> None:
-    """Every expert and router of the family's row must be on disk, in a dtype that can be trained."""
-    experts = range(family.num_experts(config))
-    for layer in family.moe_layers(config):
-        names = [family.router_name(layer)]
-        names += [name for expert in experts for name in family.expert_names(layer, expert)]
-        for name in names:
-            record = index.tensors.get(name)
-            if record is None:
-                raise ModelError(
-                    "unexpected_layout",
-                    f"{index.folder} has no tensor {name}, which {family.model_type} keeps on disk.",
-                    "Save the model again with save_pretrained of transformers 5.",
-                )
-            if record.dtype not in TRAINABLE:
-                raise _quantised(index.folder)
+def _moe_layers(index: CheckpointIndex, model_type: str, config: dict[str, Any]) -> tuple[int, ...]:
+    """The layers with experts: each must have all of its family's row on disk, in a dtype that can be trained."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return ()
+    layers = family.moe_layers(index.tensors.__contains__, config)
+    if not layers and not has_experts(config):
+        return ()
+    wanted = [name for layer in layers for name in family.layer_names(layer, num_experts(config))]
+    # A layer that lost its router would be taken for a dense one.
+    for layer in set(range(num_layers(config))) - set(layers):
+        names = family.layer_names(layer, 1)
+        if not layers or any(index.record(name) for name in names):
+            wanted += names
+    for name in wanted:
+        record = index.record(name)
+        if record is None:
+            raise ModelError(
+                "unexpected_layout",
+                f"{index.folder} has no tensor {name}, which {model_type} keeps on disk.",
+                "Save the model again with save_pretrained of transformers 5.",
+            )
+        if record.dtype not in TRAINABLE:
+            raise _quantised(index.folder, f"{name} is {record.dtype}")
+    return layers

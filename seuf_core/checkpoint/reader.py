@@ -81,12 +81,12 @@ class CheckpointReader:
         self._files: dict[str, int] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its dtype on disk.
+        """One tensor, or row `name[3]` of one, on the CPU, in its dtype on disk.
 
         Raises:
             ModelError: unknown_tensor, and as `read_tensor` does.
         """
-        record = self.index.tensors.get(name)
+        record = self.index.record(name)
         if record is None:
             raise ModelError("unknown_tensor", f"{self.index.folder} has no tensor {name}.")
         if record.shard not in self._files:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,15 @@ def write_checkpoint(
 
     Args:
         base: folder of the base model; only read. Its files may be links (hub caches).
-        changed: name on disk -> tensor of the shape on disk; cast to the dtype on disk.
+        changed: name on disk -> tensor of the shape on disk; cast to the dtype on disk. `name[3]` is row 3 of
+            the first axis of a tensor (one expert of a fused one): its other rows stay the base's.
         created_by: program and version, for the manifest.
         extra: JSON for the manifest: method, seed, selection.
         progress: called with (bytes done, bytes in all), copying and reading back counted alike.
 
     Raises:
-        WriteError: unknown_tensor, wrong_shape, not_finite, output_exists, output_busy, output_in_base,
-            disk_full, write_failed, verification_failed.
+        WriteError: unknown_tensor, wrong_shape, not_finite, overlapping_tensors, output_exists, output_busy,
+            output_in_base, disk_full, write_failed, verification_failed.
         ModelError: the base cannot be read.
     """
     facts = DeltaFacts(base="", created_by=created_by, extra=json.loads(json.dumps(extra or {})), shards={})
@@ -115,13 +117,14 @@ def plan(base: Path, changed: Mapping[str, torch.Tensor]) -> WritePlan:
         dirty.setdefault(record.shard, []).append(record)
     for records in dirty.values():
         records.sort(key=lambda record: record.offset)
+        _refuse_twice(records)
     files = (*(shard.name for shard in index.shards), *_companions(base, index))
     size = sum((base / name).stat().st_size for name in (*files, CONFIG))
     return WritePlan(base, index, changed, dirty, files, size + delta_bytes(dirty))
 
 
 def _checked(index: CheckpointIndex, name: str, tensor: torch.Tensor) -> TensorRecord:
-    record = index.tensors.get(name)
+    record = index.record(name)
     if record is None:
         raise WriteError(
             "unknown_tensor", f"{index.folder} has no tensor {name}.", "Give names as they are on disk."
@@ -139,6 +142,17 @@ def _checked(index: CheckpointIndex, name: str, tensor: torch.Tensor) -> TensorR
             "not_finite", f"{name} has values that are no finite {record.dtype}.", "Lower the learning rate."
         )
     return record
+
+
+def _refuse_twice(records: list[TensorRecord]) -> None:
+    """A tensor and a row of it, given together, would say two things of the same bytes."""
+    for record, following in pairwise(records):
+        if following.offset < record.offset + record.bytes:
+            raise WriteError(
+                "overlapping_tensors",
+                f"{record.name} and {following.name} are the same bytes of {record.shard}.",
+                "Give the tensor or rows of it.",
+            )
 
 
 def _cast(record: TensorRecord, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from seuf_core.errors import MethodError
+from seuf_core.families import Score
 from seuf_core.moe.view import MoELayer, MoEView
 
 _RouterHook = Callable[[nn.Module, object, tuple[torch.Tensor, torch.Tensor, torch.Tensor]], None]
@@ -21,14 +22,20 @@ class Routing:
     """Router decisions of one forward pass, one entry a sparse layer, keyed by decoder layer index.
 
     logits: [T, E], as the router computed them; indices: [T, K], the experts it chose. T = B * S tokens, row-major.
+    score: what the family's router makes of its logits before top-K.
     """
 
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     indices: dict[int, torch.Tensor] = field(default_factory=dict)
+    score: Score = "softmax"
 
     def scores(self, layer: int) -> torch.Tensor:
-        """The model's own scores before top-K, fp32 [T, E]; softmax in every family so far (rows sum to 1)."""
-        return self.logits[layer].float().softmax(dim=-1)
+        """The model's own scores before top-K, fp32 [T, E]: softmax (rows sum to 1) or sigmoid (each in 0..1).
+
+        Without selection bias, group limits or renormalisation, which only choose or weigh (METHOD.md, section 1).
+        """
+        logits = self.logits[layer].float()
+        return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
 
     def gates(self, layer: int) -> torch.Tensor:
         """`scores` where the model really selected the expert, else 0: [T, E]."""
@@ -46,7 +53,7 @@ def capture_routing(view: MoEView, layers: tuple[int, ...] | None = None) -> Ite
 
     The graph is kept when gradients are on, so that the anchor can be built from what was captured.
     """
-    routing = Routing()
+    routing = Routing(score=view.family.score_function(view.model.config.to_dict()))
 
     def record(index: int) -> _RouterHook:
         def hook(_: nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
@@ -76,9 +83,9 @@ def experts_masked(view: MoEView, masked: Mapping[int, tuple[int, ...]]) -> Iter
     """Route every token away from the given experts (decoder layer index -> experts), for evaluation.
 
     The router sees one more input dimension that is always 1, whose weight is a large negative number for a
-    forbidden expert and 0 for the others. So top-K, renormalisation and groups stay the family's own code.
-    With group_limited_greedy (DeepSeek-V2) a group may keep fewer than K: then a forbidden expert can fill a place,
-    with gate 0.
+    forbidden expert and 0 for the others; a selection bias is that number there too. So top-K, renormalisation
+    and groups stay the family's own code. Where only some groups of experts may be chosen from (DeepSeek, GLM-4)
+    they may keep fewer than K: then a forbidden expert can fill a place, with gate 0.
 
     Raises:
         MethodError: `too_many_masked`, see `can_mask`.
@@ -97,23 +104,34 @@ def experts_masked(view: MoEView, masked: Mapping[int, tuple[int, ...]]) -> Iter
             undo()
 
 
+# Makes softmax and sigmoid exactly 0 in fp32, bf16 and fp16 and, unlike -inf, never yields NaN.
+_PENALTY = -1e4
+
+
 def _forbid(layer: MoELayer, experts: tuple[int, ...]) -> _Undo:
-    router, weight = layer.router, layer.router.weight
-    # -1e4 makes the softmax exactly 0 in fp32 and bf16 and, unlike -inf, never yields NaN.
+    projection, weight, bias = layer.projection, layer.projection.weight, layer.selection_bias
     penalty = torch.zeros(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
-    penalty[list(experts)] = -1e4
-    router.weight = nn.Parameter(torch.cat([weight.detach(), penalty], dim=1), requires_grad=False)
-    router.hidden_dim += 1
+    penalty[list(experts)] = _PENALTY
+    projection.weight = nn.Parameter(torch.cat([weight.detach(), penalty], dim=1), requires_grad=False)
+    reshapes = hasattr(projection, "hidden_dim")  # many routers flatten their input to rows of this size
+    if reshapes:
+        projection.hidden_dim += 1
+    own = None if bias is None else bias.clone()
+    if bias is not None:
+        bias[list(experts)] = _PENALTY
 
     def add_constant(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = inputs[0]
-        return (torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], dim=-1),)
+        return (torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], dim=-1), *inputs[1:])
 
-    handle = router.register_forward_pre_hook(add_constant)
+    handle = projection.register_forward_pre_hook(add_constant)
 
     def undo() -> None:
         handle.remove()
-        router.hidden_dim -= 1
-        router.weight = weight
+        if reshapes:
+            projection.hidden_dim -= 1
+        projection.weight = weight
+        if bias is not None and own is not None:
+            bias.copy_(own)
 
     return undo

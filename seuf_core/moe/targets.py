@@ -8,7 +8,7 @@ state exist only for these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from seuf_core.moe.view import MoELayer, MoEView, expert_parameters
+from seuf_core.moe.view import MoEView, expert_parameters
 
 SPLIT_IMPLEMENTATION: Final = "seuf_split"
 
@@ -28,7 +28,8 @@ class TargetExperts:
     """fp32 leaf parameters of the target experts and, if asked, of the routers of their layers.
 
     Memory of parameters, gradients and AdamW state together:
-    16 bytes * (sum over targets of 3 * I * H + sum over trained routers of E * H).
+    16 bytes * (sum over targets of 3 * I * H + sum over trained routers of E * H), and the biases where a family
+    has them.
 
     Args:
         view: the loaded model; it is not changed before `attached` or `merge`.
@@ -56,9 +57,11 @@ class TargetExperts:
             }
             for layer, experts in self.targets.items()
         }
-        self.routers: dict[int, nn.Parameter] = (
-            {layer: _leaf(view.layer(layer).router.weight) for layer in self.targets} if train_router else {}
-        )
+        trained = [view.layer(layer) for layer in self.targets] if train_router else []
+        self.routers: dict[int, nn.Parameter] = {layer.index: _leaf(layer.router_weight) for layer in trained}
+        self.router_biases: dict[int, nn.Parameter] = {
+            layer.index: _leaf(layer.router_bias) for layer in trained if layer.router_bias is not None
+        }
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Every leaf by a stable name, in a stable order: `layers.3.experts.7.down_proj`, `layers.3.router`."""
@@ -68,13 +71,16 @@ class TargetExperts:
             for expert, leaves in experts.items()
             for name, leaf in leaves.items()
         }
-        return named | {f"layers.{layer}.router": leaf for layer, leaf in self.routers.items()}
+        named |= {f"layers.{layer}.router": leaf for layer, leaf in self.routers.items()}
+        return named | {f"layers.{layer}.router_bias": leaf for layer, leaf in self.router_biases.items()}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside the block the model computes with the leaves; outside with its own, unchanged tensors."""
         model, original = self.view.model, self.view.model.config._experts_implementation
-        restore = [_attach_router(self.view.layer(layer), leaf) for layer, leaf in self.routers.items()]
+        leaves = [(index, "weight", leaf) for index, leaf in self.routers.items()]
+        leaves += [(index, "bias", leaf) for index, leaf in self.router_biases.items()]
+        restore = [_attach(self.view.layer(index).projection, name, leaf) for index, name, leaf in leaves]
         for layer in self.view.layers:
             layer.experts._seuf_targets = (original, self.experts.get(layer.index, {}))
         model.set_experts_implementation(SPLIT_IMPLEMENTATION)
@@ -95,7 +101,9 @@ class TargetExperts:
                 for name, rows in expert_parameters(self.view.layer(layer), expert).items():
                     rows.copy_(leaves[name])
         for layer, leaf in self.routers.items():
-            self.view.layer(layer).router.weight.copy_(leaf)
+            self.view.layer(layer).router_weight.copy_(leaf)
+        for layer, leaf in self.router_biases.items():
+            self.view.layer(layer).projection.bias.copy_(leaf)
 
 
 def _leaf(tensor: torch.Tensor) -> nn.Parameter:
@@ -103,19 +111,20 @@ def _leaf(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(torch.float32, copy=True))
 
 
-def _attach_router(layer: MoELayer, leaf: nn.Parameter) -> Any:
-    router, own = layer.router, layer.router._parameters.pop("weight")
+def _attach(module: Any, name: str, leaf: nn.Parameter) -> Callable[[], None]:
+    """Let `module.name` be the leaf, in the module's own dtype, until the answer is called."""
+    own = module._parameters.pop(name)
 
     def cast(_: nn.Module, __: object) -> None:
-        router.weight = leaf.to(own.dtype)
+        setattr(module, name, leaf.to(own.dtype))
 
-    handle = router.register_forward_pre_hook(cast)
-    router.weight = leaf.to(own.dtype)
+    handle = module.register_forward_pre_hook(cast)
+    cast(module, ())
 
     def undo() -> None:
         handle.remove()
-        del router.weight
-        router._parameters["weight"] = own
+        delattr(module, name)
+        module._parameters[name] = own
 
     return undo
 
@@ -152,8 +161,14 @@ def split_experts_forward(
 
 
 def _target_forward(module: Any, leaves: Leaves, states: torch.Tensor) -> torch.Tensor:
-    gate_up = F.linear(states, leaves["gate_up_proj"].to(states.dtype))
-    return F.linear(module._apply_gate(gate_up), leaves["down_proj"].to(states.dtype))
+    gate_up = _project(module, leaves, "gate_up_proj", states)
+    return _project(module, leaves, "down_proj", module._apply_gate(gate_up))
+
+
+def _project(module: Any, leaves: Leaves, name: str, states: torch.Tensor) -> torch.Tensor:
+    weight, bias = leaves[name].to(states.dtype), leaves.get(f"{name}_bias")
+    weight = weight.T if module.is_transposed else weight
+    return F.linear(states, weight, None if bias is None else bias.to(states.dtype))
 
 
 def _frozen_forward(

@@ -2,7 +2,7 @@
 
 The view holds references into a loaded model and copies nothing. It relies on two facts of transformers 5:
 the class of a family's router is named in `_can_record_outputs["router_logits"]`, and its experts module keeps
-fused `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+fused `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], or both transposed, with `..._bias` [E, ...] or without.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from seuf_core import families
 from seuf_core.errors import ModelError
-from seuf_core.families import Family, family_of
+from seuf_core.families import FAMILIES, Family, family_of, has_experts
+
+# What a bias is called that the router adds to its scores to choose only; it lies in the router or its block.
+_SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,28 @@ class MoELayer:
     """One sparse decoder layer: `index` counts all decoder layers, dense ones too.
 
     `router` and `experts` are modules of the family's own classes, whose attributes no type names.
+
+    projection: the module inside the router, or the router itself, whose `weight` makes the logits.
+    selection_bias: [E], added to the scores to choose the top K and not to weigh them; None in most families.
     """
 
     index: int
     router: Any
     experts: Any
+    projection: Any
+    selection_bias: torch.Tensor | None
+
+    @property
+    def router_weight(self) -> torch.Tensor:
+        """[E, H]; inside `TargetExperts.attached` the value of its leaf."""
+        weight: torch.Tensor = self.projection.weight
+        return weight
+
+    @property
+    def router_bias(self) -> torch.Tensor | None:
+        """[E], added to the logits; None in most families."""
+        bias: torch.Tensor | None = getattr(self.projection, "bias", None)
+        return bias
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,7 @@ class MoEView:
     """A loaded causal language model seen as layers of routers and experts.
 
     Shapes: L = len(layers) sparse layers, E = num_experts, K = num_experts_per_tok, H = hidden size.
+    A dense model is a view without layers, and E = K = 0: what concerns the whole model works on it.
     """
 
     model: PreTrainedModel
@@ -65,28 +87,40 @@ class MoEView:
 
 
 def moe_view(model: PreTrainedModel) -> MoEView:
-    """Find routers and experts of a loaded model.
+    """Find routers and experts of a loaded model; a dense model has none.
 
     Raises:
-        ModelError: `unknown_architecture` for a family without a row, `dense_model` when no layer has a router.
+        ModelError: `unknown_architecture` for a family of experts without a row.
     """
-    family = family_of(model.config.model_type)
+    model_type = model.config.model_type
+    if model_type not in FAMILIES and not has_experts(model.config.to_dict()):
+        return MoEView(model, Family(model_type, "dense"), (), 0, 0)
+    family = family_of(model_type)
     router_class = _router_class(model)
     layers = []
     for index, decoder_layer in enumerate(model.get_decoder().layers):
         for block in decoder_layer.modules():
             router = next((child for child in block.children() if isinstance(child, router_class)), None)
             if router is not None:
-                layers.append(MoELayer(index, router, block.get_submodule("experts")))
+                layers.append(_layer(index, block, router))
                 break
     if not layers:
-        raise ModelError(
-            "dense_model",
-            f"No layer of this {family.model_type} model has experts.",
-            "Use a model with experts.",
-        )
+        return MoEView(model, family, (), 0, 0)
     first = layers[0].router
     return MoEView(model, family, tuple(layers), int(first.num_experts), int(first.top_k))
+
+
+def require_experts(view: MoEView) -> None:
+    """Refuse a dense model. Raises ModelError(dense_model), as seuf_core.families.require_experts does."""
+    families.require_experts(view.family.model_type, view.layer_indices)
+
+
+def _layer(index: int, block: nn.Module, router: nn.Module) -> MoELayer:
+    parts = list(router.modules())
+    (projection,) = (part for part in parts if isinstance(getattr(part, "weight", None), nn.Parameter))
+    biases = [getattr(part, name, None) for part in (block, *parts) for name in _SELECTION_BIAS]
+    bias = next((bias.data.view(-1) for bias in biases if bias is not None), None)
+    return MoELayer(index, router, block.get_submodule("experts"), projection, bias)
 
 
 def _router_class(model: PreTrainedModel) -> type[nn.Module]:
@@ -99,8 +133,9 @@ def _router_class(model: PreTrainedModel) -> type[nn.Module]:
 
 
 def expert_parameters(layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
-    """Views (no copies) of one expert's rows of the fused tensors: gate_up_proj [2I, H], down_proj [H, I]."""
-    return {
-        "gate_up_proj": layer.experts.gate_up_proj.data[expert],
-        "down_proj": layer.experts.down_proj.data[expert],
-    }
+    """Views (no copies) of one expert's rows of the fused tensors, as the family lays them out.
+
+    gate_up_proj [2I, H] and down_proj [H, I]; in gpt_oss transposed, gate and up interleaved, and with
+    gate_up_proj_bias [2I] and down_proj_bias [H].
+    """
+    return {name: parameter.data[expert] for name, parameter in layer.experts.named_parameters(recurse=False)}

@@ -10,6 +10,7 @@ from sqlalchemy import select
 from seuf_core.method import Method
 from store.fenced import AttributionResult, Measurement
 from store.tables import AuditRow, Event, File, Job, OutboxMessage
+from tests import tiny
 from tests.combinations import IMPOSSIBLE
 from tests.serving import finish, lines_of, on_sqlite
 
@@ -43,6 +44,21 @@ def test_a_submitted_job_is_complete_and_queued(tenant, tiny_model):
         assert len(session.scalars(select(OutboxMessage).where(OutboxMessage.job_id == job["id"])).all()) == 1
         acts = session.scalars(select(AuditRow.what).where(AuditRow.tenant == tenant.name)).all()
         assert acts == ["model.create", "file.create", "file.create", "job.create"]
+
+
+@on_sqlite
+def test_a_dense_model_is_registered_and_an_expert_scope_refused_on_it(tenant, tmp_path):
+    folder = tiny.write_model(tmp_path / "dense", "llama")
+    model = tenant.http.post("/models", json={"name": "dense", "path": str(folder)}).json()
+    assert (model["moe_layers"], model["num_experts"], model["num_experts_per_tok"]) == ([], 0, 0)
+    body = {"model": "dense", "forget_set": {"examples": [EXAMPLE]}, "retain_set": {"examples": [EXAMPLE]}}
+    problem = tenant.http.post("/jobs", json=body).json()
+    assert (problem["status"], problem["code"]) == (422, "dense_model")
+    assert problem["errors"][0]["pointer"] == "/method/scope"
+    assert "lora or full" in problem["fix"]
+    assert tenant.http.get("/jobs").json()["data"] == []
+    for scope in ("lora", "full"):
+        assert tenant.http.post("/jobs", json={**body, "method": {"scope": scope}}).status_code == 202
 
 
 def test_inline_examples_become_files(tenant, tiny_model):

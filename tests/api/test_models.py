@@ -29,13 +29,11 @@ def test_a_model_is_described_and_found_by_id_and_name(tenant, tiny_model):
 @pytest.fixture
 def folders(tiny_model, tmp_path) -> dict[str, Path]:
     """A folder for each way of being wrong."""
-    made = {name: tmp_path / name for name in ("empty", "dense", "unknown", "bin", "shard", "quantised")}
+    made = {name: tmp_path / name for name in ("empty", "unknown", "bin", "shard", "quantised")}
     made["empty"].mkdir()
-    for name in ("dense", "unknown", "bin", "shard", "quantised"):
+    for name in ("unknown", "bin", "shard", "quantised"):
         shutil.copytree(tiny_model, made[name])
     config = json.loads((tiny_model / "config.json").read_text())
-    dense = {key: value for key, value in config.items() if "expert" not in key} | {"model_type": "llama"}
-    (made["dense"] / "config.json").write_text(json.dumps(dense))
     (made["unknown"] / "config.json").write_text(json.dumps(config | {"model_type": "brand_new_moe"}))
     (made["quantised"] / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     for file in made["bin"].glob("*.safetensors*"):
@@ -50,7 +48,6 @@ def folders(tiny_model, tmp_path) -> dict[str, Path]:
     ("folder", "code"),
     [
         ("empty", "not_a_model"),
-        ("dense", "dense_model"),
         ("unknown", "unknown_architecture"),
         ("bin", "no_safetensors"),
         ("shard", "incomplete_shards"),

@@ -6,24 +6,23 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from seuf_core.families import DOWN_PROJ, GATE_UP_PROJ, ROUTER, family_of
+from seuf_core.families import family_of
 from tests import tiny
 
 
 def edited(family: str, layer: int, expert: int) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The tiny model of seed 0 with one expert and its router moved, and the same tensors by disk name."""
     model, generator = tiny.build_model(family), torch.Generator().manual_seed(7)
-    state, names = model.state_dict(), family_of(family).expert_names(layer, expert)
-    gate_up, down = (
-        state[GATE_UP_PROJ.format(layer=layer)][expert],
-        state[DOWN_PROJ.format(layer=layer)][expert],
-    )
-    router = state[ROUTER.format(layer=layer)]
+    state, row = model.state_dict(), family_of(family)
+    block = f"model.layers.{layer}.mlp"
+    gate_up, down = (state[f"{block}.experts.{name}"][expert] for name in ("gate_up_proj", "down_proj"))
+    router = state[f"{block}.gate.weight"]
     for tensor in (gate_up, down, router):
         tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
     gate, up = gate_up.chunk(2)
-    changed = {names.gate: gate, names.up: up, names.down: down, family_of(family).router_name(layer): router}
-    return model, changed
+    names = row.expert_names(layer, expert)
+    values = [*zip(names["gate_up_proj"], (gate, up), strict=True), (names["down_proj"][0], down)]
+    return model, {**dict(values), row.router_names(layer)["weight"]: router}
 
 
 def contents(folder: Path) -> dict[str, str]:

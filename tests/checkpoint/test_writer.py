@@ -134,6 +134,32 @@ def test_changes_that_do_not_fit_are_refused_before_anything_is_written(models, 
     assert not out.parent.exists()
 
 
+def test_one_row_of_a_fused_tensor(models, tmp_path):
+    """The other experts' rows stay the base's, to the byte; the delta holds the row alone."""
+    base, name = models("granitemoe"), "model.layers.1.block_sparse_moe.output_linear.weight"
+    rows = {f"{name}[{expert}]": torch.full((32, 16), float(expert)) for expert in (7, 0)}
+    manifest = write_checkpoint(base, tmp_path / "out", rows, "test")
+    shard = read_index(base).tensors[name].shard
+    old, new = (load_file(folder / shard)[name] for folder in (base, tmp_path / "out"))
+    assert torch.equal(new[1:7], old[1:7])
+    assert new[0].eq(0).all()
+    assert new[7].eq(7).all()
+    assert manifest.parameters_changed == 2 * 32 * 16
+    assert {change.tensor for change in manifest.changed} == set(rows)
+    assert load_file(tmp_path / "out" / "delta.safetensors").keys() == set(rows)
+    for wrong in (f"{name}[8]", f"{name}[-1]", f"{name}[01]", f"{name}[]", f"{name}[1][2]", "nothing[0]"):
+        assert _refused(base, tmp_path / "b", {wrong: torch.zeros(32, 16)}).code == "unknown_tensor"
+    assert _refused(base, tmp_path / "b", {f"{name}[1]": torch.zeros(16, 32)}).code == "wrong_shape"
+
+
+@pytest.mark.parametrize("row", [0, 7])
+def test_a_tensor_and_a_row_of_it_are_refused(models, tmp_path, row):
+    name = "model.layers.1.block_sparse_moe.output_linear.weight"
+    both = {name: torch.zeros(8, 32, 16), f"{name}[{row}]": torch.zeros(32, 16)}
+    error = _refused(models("granitemoe"), tmp_path / "out", both)
+    assert (error.code, name in error.message) == ("overlapping_tensors", True)
+
+
 def test_a_value_too_large_for_the_dtype_on_disk_is_refused(tmp_path):
     base = tiny.write_model(tmp_path / "base", "olmoe", dtype=torch.float16)
     assert _refused(base, tmp_path / "out", {ONE: torch.full((32, 16), 7e4)}).code == "not_finite"

@@ -7,8 +7,9 @@ import torch
 
 from seuf_core.data.batches import Batch
 from seuf_core.errors import MethodError, ModelError
+from seuf_core.moe.disk import all_tensors
 from seuf_core.moe.routing import can_mask, capture_routing, experts_masked
-from seuf_core.moe.view import moe_view
+from seuf_core.moe.view import moe_view, require_experts
 from tests import tiny
 
 FAMILIES = pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
@@ -37,9 +38,24 @@ def test_view_finds_every_sparse_layer(family: str) -> None:
     assert view.num_experts_per_tok == 2
 
 
-def test_dense_model_is_refused() -> None:
-    with pytest.raises(ModelError):
-        moe_view(tiny.build_model("llama"))
+@pytest.mark.parametrize("family", tiny.DENSE)
+def test_a_dense_model_is_a_view_without_layers(family: str) -> None:
+    view = moe_view(tiny.build_model(family))
+    assert (view.layers, view.num_experts, view.num_experts_per_tok) == ((), 0, 0)
+    assert view.family.model_type == family
+    with pytest.raises(ModelError, match="lora or full") as caught:
+        require_experts(view)
+    assert caught.value.code == "dense_model"
+    on_disk = set(view.model.state_dict())
+    assert set(all_tensors(view, on_disk)) == on_disk
+
+
+def test_experts_of_an_unknown_family_are_not_taken_for_dense() -> None:
+    model = tiny.build_model("olmoe")
+    model.config.model_type = "brand_new_moe"
+    with pytest.raises(ModelError) as caught:
+        moe_view(model)
+    assert caught.value.code == "unknown_architecture"
 
 
 def test_a_dense_layer_is_no_target() -> None:

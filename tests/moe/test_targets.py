@@ -78,7 +78,7 @@ def test_training_moves_only_the_targets(family: str) -> None:
     scope.merge()
     changed = {name for name, tensor in all_tensors(view).items() if not torch.equal(tensor, before[name])}
     assert changed == set(scope.disk_tensors())
-    assert changed == {*expert_tensors(view, layer, [3]), view.family.router_name(layer)}
+    assert changed == {*expert_tensors(view, layer, [3]), view.family.router_names(layer)["weight"]}
     state = sum(t.numel() for moments in optimizer.state.values() for t in moments.values() if t.dim())
     sizes = sum(leaf.numel() for leaf in scope.named_parameters().values())
     assert state == 2 * sizes, "optimiser state exists for more than the targets"
