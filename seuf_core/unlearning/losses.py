@@ -40,7 +40,7 @@ def gradient_ascent(nll: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     Args:
         nll: l, [B] fp32; tokens: number of label tokens, [B].
     """
-    return -(nll / tokens.clamp(min=1)).mean()
+    return -(nll / tokens).mean()
 
 
 def npo(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> torch.Tensor:
@@ -60,7 +60,7 @@ def simnpo(nll: torch.Tensor, tokens: torch.Tensor, beta: float, margin: float) 
     The paper writes -(b/|y|) log p - gamma inside the sigmoid; here gamma = b d, as in its code and open-unlearning's.
     b -> 0: its gradient becomes that of gradient ascent.
     """
-    return _softly(nll / tokens.clamp(min=1) - margin, beta)
+    return _softly(nll / tokens - margin, beta)
 
 
 def dpo(
@@ -90,7 +90,7 @@ def _softly(odds: torch.Tensor, beta: float) -> torch.Tensor:
 
 def cross_entropy(nll: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Mean over all label tokens of the batch, as transformers' own loss: sum of l / sum of tokens."""
-    return nll.sum() / tokens.sum().clamp(min=1)
+    return nll.sum() / tokens.sum()
 
 
 def kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ def masked_mse(states: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -
         states: [B, S, H]; target: [B, S, H] or broadcastable to it; mask: [B, S], true for real tokens.
     """
     squared = (states.float() - target.float()).square().mean(dim=-1)
-    return (squared * mask).sum() / mask.sum().clamp(min=1)
+    return (squared * mask).sum() / mask.sum()
 
 
 def control_vector(hidden_size: int, seed: int) -> torch.Tensor:
@@ -192,4 +192,4 @@ def anchor(scores: torch.Tensor, targets: tuple[int, ...], mask: torch.Tensor) -
     goal = torch.zeros(scores.shape[1], dtype=scores.dtype, device=scores.device)
     goal[list(targets)] = 1.0 / len(targets)
     squared = (scores - goal).square().sum(dim=-1)
-    return (squared * mask).sum() / mask.sum().clamp(min=1)
+    return (squared * mask).sum() / mask.sum()
