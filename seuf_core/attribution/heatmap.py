@@ -8,10 +8,10 @@ font or id: it can be inlined any number of times.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Final
+from typing import Any, Final
 
 Lab = tuple[float, float, float]
 
@@ -58,6 +58,13 @@ class _Scale:
         """`#rrggbb` of a number, the middle of the scale where all scores are equal."""
         span = self.high - self.low
         return _hex(_between(self.stops, (value - self.low) / span if span > 0 else 0.5))
+
+
+def attribution_svg(attribution: Mapping[str, Any]) -> str:
+    """The picture of an attribution as `Attributed.as_dict` and `GET /jobs/{id}/attribution` give it."""
+    selected = {(one["layer"], one["expert"]) for one in attribution["selection"]}
+    title = f"Experts by {attribution['score']}"
+    return heatmap_svg(attribution["matrix"], attribution["layers"], selected, title)
 
 
 def heatmap_svg(
