@@ -15,7 +15,7 @@ from api import files, schemas, views
 from api.context import Service, TheCaller, TheService
 from api.docs import problems
 from api.problems import FieldError, Problem, at, from_seuf_error
-from seuf_core.attribution.heatmap import heatmap_svg
+from seuf_core.attribution.heatmap import attribution_svg
 from seuf_core.data.records import FileSummary, Limits, Purpose, RecordReader
 from seuf_core.errors import MethodError, ModelError
 from seuf_core.families import require_experts
@@ -238,9 +238,7 @@ def get_attribution(job_id: str, service: TheService, caller: TheCaller) -> sche
 )
 def draw_attribution(job_id: str, request: Request, service: TheService, caller: TheCaller) -> Response:
     """The same scores as a picture: a row a layer, a column an expert."""
-    found = _attribution(job_id, service, caller.tenant)
-    selected = {(one.layer, one.expert) for one in found.selection}
-    drawn = heatmap_svg(found.matrix, found.layers, selected, f"{found.score}: who serves the forget set")
+    drawn = attribution_svg(_attribution(job_id, service, caller.tenant).model_dump())
     return _unless_seen(request, drawn.encode(), "image/svg+xml", {})
 
 

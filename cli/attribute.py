@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import drawing, method, options, output
+from cli import method, options, output
 
+if TYPE_CHECKING:
+    from seuf_core import Attributed
+
+MEASURING = ("no_retain_probes", "probes_cut")  # warnings about figures, which nothing here measures
 SHOWN = 10  # experts in the table, if fewer are selected
 
 
@@ -29,45 +32,57 @@ def attribute(
     _, wanted = method.given(context)
     options.existing(forget, "forget set")
     wanted.to_attribute().check_retain(given=retain is not None)
-    from cli.here import Shown
+    from cli import here
     from cli.live import Live
     from seuf_core import attribute as attribute_here
 
     with Live() as live:
         live.show("loading")
-        found = attribute_here(model, forget, retain=retain, method=wanted, observer=Shown(live)).as_dict()
+        here.quietly()
+        found = attribute_here(
+            model, forget, retain=retain, method=wanted, observer=here.Shown(live, MEASURING)
+        )
     if matrix is not None:
-        matrix.write_text(json_module.dumps(found) + "\n", encoding="utf-8")
+        matrix.write_text(json_module.dumps(found.as_dict()) + "\n", encoding="utf-8")
     if heatmap is not None:
-        drawing.draw(heatmap, found)
+        here.draw(heatmap, found.as_dict())
     if json:
-        output.print_json(found)
+        output.print_json(found.as_dict())
     else:
         _tell(found)
 
 
-def _tell(found: Mapping[str, Any]) -> None:
+def _tell(found: Attributed) -> None:
     """The selected experts and the best of the others, then how far to trust them."""
-    selected = [(one["layer"], one["expert"], one["score"]) for one in found["selection"]]
-    taken = {place[:2] for place in selected}
-    others = [
+    from seuf_core.attribution.selection import coverage
+
+    rows: list[tuple[object, ...]] = []
+    for place, one in enumerate(found.selection, start=1):
+        seen = coverage(found.forget, found.selection[:place])
+        rows.append((one.layer, one.expert, f"{one.score:.4f}", f"{seen:.3f}", "yes"))
+    for layer, expert, score in _others(found)[: max(0, SHOWN - len(rows))]:
+        rows.append((layer, expert, f"{score:.4f}", "", ""))
+    output.print_table(("layer", "expert", found.score, "coverage", "selected"), rows)
+    halves = found.stability
+    figures = {
+        "of the forget answer tokens see a selected expert (coverage)": found.coverage,
+        "of the selected experts are the same from either half of the forget set": halves.jaccard_selection,
+        "of each layer's top experts are the same": halves.jaccard_top_k,
+        "rank correlation of all experts between the halves": halves.rank_correlation,
+    }
+    typer.echo()
+    for what, value in figures.items():
+        if value is not None:
+            typer.echo(f"{value:.3f}  {what}")
+
+
+def _others(found: Attributed) -> list[tuple[int, int, float]]:
+    """(layer, expert, score) of every expert that is not selected, the highest score first."""
+    taken = {(one.layer, one.expert) for one in found.selection}
+    places = [
         (layer, expert, score)
-        for layer, row in zip(found["layers"], found["matrix"], strict=True)
+        for layer, row in zip(found.layers, found.matrix.tolist(), strict=True)
         for expert, score in enumerate(row)
         if (layer, expert) not in taken
     ]
-    others.sort(key=lambda place: -place[2])
-    rows = [(*place, "yes") for place in selected]
-    rows += [(*place, "") for place in others[: max(0, SHOWN - len(selected))]]
-    table = [(layer, expert, f"{score:.4f}", chosen) for layer, expert, score, chosen in rows]
-    output.print_table(("layer", "expert", found["score"], "selected"), table)
-    stability = found["stability"]
-    typer.echo()
-    output.print_fields(
-        {
-            "coverage": f"{found['coverage']:.3f}  of the forget answer tokens see a selected expert",
-            "stability": f"{stability['jaccard_top_k']:.3f}  two halves of the forget set agree on the top experts "
-            "(Jaccard)",
-            "": f"{stability['rank_correlation']:.3f}  and on the order of all (Spearman)",
-        }
-    )
+    return sorted(places, key=lambda place: -place[2])

@@ -1,20 +1,40 @@
-"""What a run on this machine shows of itself, and how Ctrl-C ends it."""
+"""What a run on this machine shows of itself, how Ctrl-C ends it, and the picture it leaves."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from cli import output
 
 if TYPE_CHECKING:
     from cli.live import Live
 
 
+def quietly() -> None:
+    """No bars of transformers' own between ours."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+
+
+def draw(path: Path, attribution: Mapping[str, Any]) -> None:
+    """Write the heatmap of `Attributed.as_dict` and say where."""
+    from seuf_core.attribution.heatmap import attribution_svg
+
+    path.write_text(attribution_svg(attribution), encoding="utf-8")
+    output.say(f"The scores are drawn in {path}.")
+
+
 class Shown:
     """Shows a run as it goes; Ctrl-C ends it after the step, with a training checkpoint."""
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: Live, unheard: Collection[str] = ()) -> None:
         self._live = live
+        self._unheard = unheard  # codes of warnings that do not matter to this command
         self._stop = False
         self._step: dict[str, Any] = {}
         self._place: tuple[str, int, int] = ("loading", 0, 0)
@@ -36,7 +56,7 @@ class Shown:
         elif type == "selection":
             experts = ", ".join(f"layer {e['layer']} expert {e['expert']}" for e in data["experts"])
             self._live.note(f"selected: {experts}")
-        elif type == "warning":
+        elif type == "warning" and data.get("code") not in self._unheard:
             self._live.note(f"warning: {data.get('message', '')}")
 
     def cancelled(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import drawing, method, options, output
+from cli import method, options, output
 
 if TYPE_CHECKING:
     from seuf_core import UnlearnResult
@@ -37,12 +37,13 @@ def run(
     wanted.check_retain(given=retain is not None)
     if heatmap is not None:
         wanted.to_attribute()
-    from cli.here import Shown
+    from cli import here
     from cli.live import Live
     from seuf_core import unlearn
 
     with Live() as live, tempfile.TemporaryDirectory(prefix="seuf-run-") as scratch:
         live.show("loading")
+        here.quietly()
         result = unlearn(
             model,
             forget,
@@ -51,10 +52,10 @@ def run(
             evaluation=evaluation,
             method=wanted,
             work=work or Path(scratch),
-            observer=Shown(live),
+            observer=here.Shown(live),
         )
     if heatmap is not None and result.attribution is not None:
-        drawing.draw(heatmap, result.attribution)
+        here.draw(heatmap, result.attribution)
     if json:
         output.print_json(_as_json(result))
     else:

@@ -5,7 +5,6 @@ what cannot be had together is refused by all of them in the same words.
 from __future__ import annotations
 
 import json
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 from cli.main import app, main
 from client import ApiError, Client
 from seuf_core import Method, attribute, unlearn
+from seuf_core.attribution.selection import coverage
 from tests import tiny
 from tests.combinations import CHOICES, FIXED, IMPOSSIBLE, changed_parts, packed, trained_parts
 from tests.shell import Shell, stop
@@ -161,16 +161,18 @@ def test_the_command_attributes_without_training(home: Path, tmp_path: Path, han
     command = ["attribute", *model, *forget, "--attribution", "affinity", "--experts", "2", *written]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    found = attribute(
-        home / "model", home / "forget.jsonl", method=Method(attribution="affinity", experts=2)
-    ).as_dict()
+    made = attribute(home / "model", home / "forget.jsonl", method=Method(attribution="affinity", experts=2))
+    found = made.as_dict()
     assert json.loads((tmp_path / "scores.json").read_text()) == json.loads(json.dumps(found))
+    rows = [line.split() for line in done.stdout.splitlines() if line.rstrip().endswith("yes")]
+    assert rows == [
+        [str(one.layer), str(one.expert), f"{one.score:.4f}", f"{seen:.3f}", "yes"]
+        for place, one in enumerate(made.selection, start=1)
+        for seen in [coverage(made.forget, made.selection[:place])]
+    ]
+    assert f"{found['coverage']:.3f}  of the forget answer tokens" in done.stdout
+    assert "warning" not in done.stderr
     best = found["selection"][0]
-    first = next(line for line in done.stdout.splitlines() if "yes" in line)
-    assert re.split(r"\s+", first.strip()) == [
-        str(best["layer"]), str(best["expert"]), f"{best['score']:.4f}", "yes",
-    ]  # fmt: skip
-    assert f"{found['coverage']:.3f}" in done.stdout
     assert f"layer {best['layer']}, expert {best['expert']}" in (tmp_path / "map.svg").read_text()
     assert (home / "model" / "config.json").exists()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["map.svg", "scores.json"]
