@@ -58,8 +58,12 @@ contract: setup ## Check which package may import which (import-linter)
 
 check: lint types contract test ## All that CI checks
 
-docs: setup ## Write what is made from the code and the figures: the method page, the README's table
+families: setup ## Run every model family's tests and write what passed into the families page
+	PYTHONPATH=. $(TEST_ENV) $(BIN)/python scripts/families_table.py --run
+
+docs: setup ## Write what is made from the code and the figures: method and families page, the README's table
 	$(BIN)/python scripts/method_reference.py
+	$(BIN)/python scripts/families_table.py
 	$(BIN)/python scripts/results_table.py
 
 lock: ## Make requirements.lock again from pyproject.toml, in a new environment
@@ -71,4 +75,4 @@ hooks: setup ## Run the checks of .pre-commit-config.yaml before every commit
 clean: ## Remove .venv, caches and build/
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help setup services test test-all demo serve lint format types contract check docs lock hooks clean
+.PHONY: help setup services test test-all demo serve lint format types contract check families docs lock hooks clean

@@ -88,7 +88,7 @@ def retain_grams(
     """
     width = view.model.config.get_text_config().hidden_size
     grams = torch.zeros(
-        view.num_experts, width, width, dtype=torch.float64, device=view.layer(layer).router.weight.device
+        view.num_experts, width, width, dtype=torch.float64, device=view.layer(layer).router_weight.device
     )
     inputs: list[torch.Tensor] = []
     handle = view.layer(layer).router.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
