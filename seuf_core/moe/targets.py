@@ -36,6 +36,7 @@ class TargetExperts:
         targets: decoder layer index -> experts.
         train_router: whether the routers of these layers are trained too.
         train_experts: False leaves the experts as they are: the targets only say which routers are trained.
+        train_router_bias: False leaves the biases of trained routers as they are.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TargetExperts:
         *,
         train_router: bool,
         train_experts: bool = True,
+        train_router_bias: bool = True,
     ) -> None:
         self.view = view
         self.targets = {layer: tuple(sorted(experts)) for layer, experts in sorted(targets.items())}
@@ -60,7 +62,9 @@ class TargetExperts:
         trained = [view.layer(layer) for layer in self.targets] if train_router else []
         self.routers: dict[int, nn.Parameter] = {layer.index: _leaf(layer.router_weight) for layer in trained}
         self.router_biases: dict[int, nn.Parameter] = {
-            layer.index: _leaf(layer.router_bias) for layer in trained if layer.router_bias is not None
+            layer.index: _leaf(layer.router_bias)
+            for layer in trained
+            if layer.router_bias is not None and train_router_bias
         }
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

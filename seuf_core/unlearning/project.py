@@ -118,7 +118,8 @@ class ProjectedRouter:
     each step, projects what has changed since the base as well. Memory beside the leaf: 4 * E * H bytes, and
     4 * H * min(r_e, H - r_e) summed over the experts.
 
-    Where the model is not fp32 its own rounding of the row stays: it is not a change that training made.
+    In a bf16 model the row is rounded to bf16 when it is used and when it is merged. That rounding is not
+    projected, so that there retain tokens see a change of its size.
 
     Args:
         leaf: the fp32 router weight [E, H] that is trained, still as in the base.

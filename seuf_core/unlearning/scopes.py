@@ -54,7 +54,7 @@ class ExpertScope:
 
     Args:
         projections: layer -> what each row of its trained router must not change in (see
-            seuf_core.unlearning.project); layers without an entry train freely.
+            seuf_core.unlearning.project). With any, no router's bias is trained.
     """
 
     def __init__(
@@ -67,7 +67,14 @@ class ExpertScope:
         projections: Mapping[int, Sequence[Subspace]] | None = None,
     ) -> None:
         self._view = view
-        self._targets = TargetExperts(view, targets, train_router=train_router, train_experts=train_experts)
+        self._targets = TargetExperts(
+            view,
+            targets,
+            train_router=train_router,
+            train_experts=train_experts,
+            # Every token sees a bias, retain tokens too: under `project` no change of it is allowed.
+            train_router_bias=not projections,
+        )
         self._projected = [
             ProjectedRouter(self._targets.routers[layer], rows) for layer, rows in (projections or {}).items()
         ]
@@ -89,6 +96,9 @@ class ExpertScope:
 
     def disk_tensors(self) -> dict[str, torch.Tensor]:
         tensors = router_tensors(self._view, self._targets.routers)
+        for layer in self._targets.routers:
+            if layer not in self._targets.router_biases:
+                tensors.pop(self._view.family.router_names(layer).get("bias", ""), None)
         for layer, experts in self._targets.experts.items():
             tensors |= expert_tensors(self._view, layer, experts)
         return tensors

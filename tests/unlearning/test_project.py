@@ -15,7 +15,8 @@ from seuf_core.unlearning.scopes import ExpertScope
 from tests import tiny
 from tests.unlearning.test_objectives import rows
 
-FAMILIES = pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+# Beside the usual ones: a bias on the logits, a linear layer inside the router, and one that is the router.
+FAMILIES = pytest.mark.parametrize("family", [*tiny.MOE_FAMILIES, "gpt_oss", "hunyuan_v1_moe", "jamba"])
 RETAIN = rows((6, 13, 3, 8), 2)  # no two of one length, so every batch has padding
 
 
@@ -173,6 +174,23 @@ def test_no_training_changes_the_logit_of_an_expert_at_the_retain_tokens_that_se
     for expert, x in enumerate(inputs):
         if len(x):
             assert (x @ change[expert]).abs().max() < 2e-5 * x.norm(dim=1).max()
+
+
+def test_a_bias_stays_for_every_token_sees_it() -> None:
+    view = moe_view(tiny.build_model("gpt_oss"))
+    bias = view.layer(0).router_bias
+    assert bias is not None
+    before = bias.detach().clone()
+    scope = projected(view, 0)
+    assert list(scope.named_parameters()) == ["layers.0.router"]
+    assert list(scope.disk_tensors()) == ["model.layers.0.mlp.router.weight"]
+    with torch.no_grad():
+        scope.named_parameters()["layers.0.router"].add_(noise(8, 32))
+    scope.merge()
+    assert torch.equal(bias, before)
+    trained = ExpertScope(view, {0: (0,)}, train_router=True, train_experts=False)
+    assert list(trained.named_parameters()) == ["layers.0.router", "layers.0.router_bias"]
+    assert set(trained.disk_tensors()) == {f"model.layers.0.mlp.router.{kind}" for kind in ("weight", "bias")}
 
 
 def test_the_optimiser_alone_would_leave_the_subspace() -> None:
