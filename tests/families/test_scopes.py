@@ -55,7 +55,12 @@ def test_scopes(family: str, tmp_path: Path) -> None:
         assert moved, (scope, router)
         assert moved <= whole, (scope, router)
         if scope in EXPERT_SCOPES:
-            routers = {name for at in targets for name in view.family.router_names(at).values()}
+            routers = {
+                name
+                for at in targets
+                for kind, name in view.family.router_names(at).items()
+                if kind == "weight" or router != "project"  # every token sees a bias: it stays
+            }
             assert (routers <= whole) == (router != "freeze")
             assert routers.isdisjoint(whole) == (router == "freeze")
         plan(base, written)  # every name is in the files, with this shape
