@@ -66,9 +66,9 @@ def _tell(found: Attributed) -> None:
     halves = found.stability
     figures = {
         "of the forget answer tokens see a selected expert (coverage)": found.coverage,
-        "of the selected experts are the same from either half of the forget set": halves.jaccard_selection,
-        "of each layer's top experts are the same": halves.jaccard_top_k,
-        "rank correlation of all experts between the halves": halves.rank_correlation,
+        "overlap of the experts that each half of the forget set would select (Jaccard)": halves.jaccard_selection,
+        "overlap of each layer's top experts between the halves (Jaccard)": halves.jaccard_top_k,
+        "rank correlation of all experts between the halves (Spearman)": halves.rank_correlation,
     }
     typer.echo()
     for what, value in figures.items():
