@@ -133,8 +133,7 @@ class ProjectedRouter:
 
     def free_part(self, change: torch.Tensor) -> torch.Tensor:
         """Row by row P_e d, of a gradient or a change [E, H]."""
-        pairs = zip(self.rows, change, strict=True)
-        return torch.stack([d if row.nothing_held else row.free_part(d) for row, d in pairs])
+        return torch.stack([row.free_part(d) for row, d in zip(self.rows, change, strict=True)])
 
     @torch.no_grad()
     def constrain(self) -> None:

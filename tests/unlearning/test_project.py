@@ -217,7 +217,8 @@ def test_constrain_keeps_the_free_part_and_moves_nothing_that_is_allowed() -> No
     whole = subspace(gram([[1, 0], [0, 1]]), 1.0)
     router = ProjectedRouter(leaf, [line, free, whole])
     with torch.no_grad():
-        leaf += torch.tensor([[0.5, 0.25], [1e-8, 0.7], [0.5, 0.25]])
+        leaf += torch.tensor([[0.5, 0.25], [0.0, 0.0], [0.5, 0.25]])
+        leaf[1] = torch.tensor([1e-8, 0.7])  # 3 + (1e-8 - 3) would be 0
     moved = leaf[1].clone()
     router.constrain()
     torch.testing.assert_close(leaf[0].detach(), torch.tensor([1.125, 1.875]))
