@@ -304,6 +304,13 @@ def test_kl_equals_torch() -> None:
     torch.testing.assert_close(losses.kl(LOGITS, REFERENCE), own)
 
 
+def test_masked_mse_equals_torch_on_the_tokens_of_the_mask() -> None:
+    generator = torch.Generator().manual_seed(3)
+    states, goal = (torch.randn(2, 5, 4, generator=generator) for _ in range(2))
+    mask = torch.tensor([[True, True, False, False, False], [True, True, True, True, False]])
+    torch.testing.assert_close(losses.masked_mse(states, goal, mask), F.mse_loss(states[mask], goal[mask]))
+
+
 def test_undial_and_ce_u_equal_cross_entropy_with_soft_targets() -> None:
     generator = torch.Generator().manual_seed(2)
     z, r = (torch.randn(6, 5, generator=generator) for _ in range(2))
