@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 # Used by the library when it opens a model, by nothing else.
-ENGINE_ONLY = {"torch", "transformers", "tokenizers", "safetensors"}
+ENGINE_ONLY = {"torch", "transformers", "tokenizers", "safetensors", "peft"}
 
 
 def requirements(image: str) -> list[str]:
