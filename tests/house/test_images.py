@@ -201,4 +201,6 @@ def test_the_requirements_of_an_image(image: str) -> None:
     result = run(sys.executable, "scripts/image_requirements.py", image)
     names = {re.split(r"[^\w-]", line)[0] for line in result.stdout.split("\n") if line}
     assert {"fastapi", "sqlalchemy", "celery", "psycopg", "redis"} <= names
-    assert ({"torch", "transformers", "tokenizers", "safetensors", "peft"} & names == set()) == (image == "edge")
+    assert ({"torch", "transformers", "tokenizers", "safetensors", "peft"} & names == set()) == (
+        image == "edge"
+    )

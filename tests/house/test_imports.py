@@ -32,7 +32,7 @@ REFUSE = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "tokenizers", "safetensors"}:
+        if name.split(".")[0] in {"torch", "transformers", "tokenizers", "safetensors", "peft"}:
             sys.exit(f"imports {name}")
 sys.meta_path.insert(0, Refuse())
 """
