@@ -178,11 +178,14 @@ def _metavar(shape: Mapping[str, Any]) -> str:
 
 def _help(shape: Mapping[str, Any]) -> str:
     """Description, the choices that it does not name, range and default, as rich markup."""
-    said = shape.get("description", "")
-    unsaid = [word for word in words_of(shape) if not re.search(rf"\b{word}\b", said)]
+    said, words = shape.get("description", ""), words_of(shape)
+    unsaid = [word for word in words if not re.search(rf"\b{word}\b", said)]
     if len(unsaid) > 1:
         said = f"{said} One of {', '.join(unsaid)}."
+    # Each choice that is explained on a line of its own, which typer makes of an empty one.
+    one = f"`(?:{'|'.join(words)})`"
+    said = re.sub(rf"[;,]? ?((?:{one} and )?{one}(?: =|:))", r"\n\n\1", said) if words else said
     default = "none" if shape["default"] is None else shape["default"]
     facts = "; ".join(fact for fact in (range_of(shape), f"default {default}") if fact)
-    marked = re.sub(r"`([^`]+)`", r"[cyan]\1[/]", said.replace("[", r"\["))
+    marked = re.sub(r"`([^`]+)`", r"[cyan]\1[/]", said.strip().replace("[", r"\["))
     return rf"{marked} [dim]\[{facts}][/]"
