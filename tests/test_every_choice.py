@@ -155,6 +155,35 @@ def test_what_cannot_be_is_refused_in_the_same_words(
         assert capsys.readouterr().err == f"error: {words}\n"
 
 
+def test_a_dense_model_is_refused_in_the_same_words_where_experts_are_chosen(
+    service: Client,
+    files: dict[str, str],
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    handlers: None,
+) -> None:
+    dense = tiny.write_model(tmp_path / "dense", "llama")
+    service.register_model("dense", dense)
+    with pytest.raises(ApiError) as refused:
+        service.submit("dense", files["forget"], retain_set=files["retain"])
+    (error,) = refused.value.problem["errors"]
+    assert (refused.value.status, error["pointer"], error["code"]) == (422, "/method/scope", "dense_model")
+    sets = ["--forget", str(home / "forget.jsonl"), "--retain", str(home / "retain.jsonl")]
+    command = ["seuf", "run", "--model", str(dense), *sets, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {error['detail']} {error['fix']}"
+    done = CliRunner().invoke(
+        app, [*command[1:], *options_of({**FIXED, "scope": "lora"})], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert changed_parts(manifest) == {"rest"}
+
+
 def test_the_command_attributes_without_training(home: Path, tmp_path: Path, handlers: None) -> None:
     model, forget = ("--model", str(home / "model")), ("--forget", str(home / "forget.jsonl"))
     written = ["--heatmap", str(tmp_path / "map.svg"), "--matrix", str(tmp_path / "scores.json")]
