@@ -23,6 +23,7 @@ from tests import tiny
 from tests.unlearning.test_loop import Recorder, same
 from tests.unlearning.test_loop import make_run as loop_run
 from tests.unlearning.test_objectives import FORGET, RETAIN
+from tests.unlearning.test_project import inputs_by_expert
 
 # Scope -> the router modes that Method lets it have.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -218,6 +219,26 @@ def test_a_dense_model_has_adapters_and_a_whole(scope: str, router: str, tmp_pat
 
 def test_every_scope_of_the_method_has_a_row() -> None:
     assert set(SCOPES) == set(get_args(Scope)) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("scope", ["seuf", "router_only"])
+def test_what_retain_tokens_see_of_a_projected_router_is_the_energy_left_to_it(
+    scope: str, tmp_path: Path
+) -> None:
+    """All of it held: nothing; half of it: something; under router `train`: more."""
+    seen = {}
+    for name, router, energy in (("whole", "project", 1.0), ("half", "project", 0.5), ("none", "train", 0.5)):
+        run, view = make_run(tmp_path / name, "qwen2_moe", method_of(scope, router, project_energy=energy))
+        inputs = {layer: inputs_by_expert(view, layer, RETAIN) for layer in LAYERS}
+        train_rung(run, 0, 3e-3)
+        seen[name] = 0.0
+        for layer, found in inputs.items():
+            key = f"layers.{layer}.router"
+            change = run.trainable.named_parameters()[key].detach() - run.initial[key]
+            for x, row in zip(found, change, strict=True):
+                seen[name] = max([seen[name], *(x @ row).abs().tolist()])
+    assert seen["whole"] < 1e-5
+    assert 1e-3 < seen["half"] < seen["none"]
 
 
 @pytest.mark.parametrize("router", ["train", "project"])
