@@ -162,17 +162,22 @@ FAMILIES: Final[dict[str, Family]] = {
     family.model_type: family
     for family in (
         Family("afmoe", "Trinity-Mini", router="router.gate.weight", score="sigmoid"),
+        Family("axk1", "A.X-K1", score="sigmoid"),
+        Family("beam", "Beam-1.0-501B-A23B", score="sigmoid"),
         Family("cohere2_moe", "command-a-plus-05-2026", score="expert_selection_fn"),
         # The files carry norm_topk_prob, but transformers' DeepSeek-V2 never renormalises; it scales the gates by
         # routed_scaling_factor. With group_limited_greedy the router scores other groups 0 after the softmax.
         Family("deepseek_v2", "DeepSeek-V2-Lite, DeepSeek-V2"),
         Family("deepseek_v3", "DeepSeek-V3, DeepSeek-R1", score="sigmoid"),
+        Family("deepseek_v32", "DeepSeek-V3.2-Exp", score="sigmoid"),
         Family("dots1", "dots.llm1", score="sigmoid"),
         Family("ernie4_5_moe", "ERNIE-4.5-21B-A3B"),
         Family("exaone_moe", "K-EXAONE-236B-A23B", score="sigmoid"),
         Family("flex_olmo", "FlexOlmo-7x7B-1T"),
+        Family("flint", "flint", score="sigmoid"),
         Family("glm4_moe", "GLM-4.5, GLM-4.5-Air", score="sigmoid"),
         Family("glm4_moe_lite", "GLM-4.7-Flash", score="sigmoid"),
+        Family("glm_moe_dsa", "GLM-5", score="sigmoid"),
         # Published in MXFP4, which is refused: it is the 16 bit form that has these names.
         Family(
             "gpt_oss",
@@ -182,10 +187,19 @@ FAMILIES: Final[dict[str, Family]] = {
             fused=tuple((name, f"experts.{name}") for name in _GPT_OSS_TENSORS),
         ),
         _granite("granitemoe", "granite-3.0-1b-a400m, granite-3.1-3b-a800m"),
+        Family(
+            "granitemoe_swa",
+            "granite-swash-3b-a600m",
+            block="block_sparse_moe",
+            router="router.weight",
+            fused=tuple((name, f"experts.{name}") for name in ("gate_up_proj", "down_proj")),
+        ),
         _granite("granitemoehybrid", "granite-4.0-h-tiny, granite-4.0-h-small"),
         _granite("granitemoeshared", "moe-7b-1b-active-shared-experts"),
         Family("hunyuan_v1_moe", "Hunyuan-A13B", router="gate.wg.weight"),
+        Family("hy_v3", "Hy3-preview", router="router.gate.weight", score="sigmoid"),
         Family("jamba", "Jamba-v0.1, AI21-Jamba-Mini", block="feed_forward", router="router.weight"),
+        Family("kolibri1", "Kolibri-1", score="sigmoid"),
         Family("lfm2_moe", "LFM2-8B-A1B", block="feed_forward", expert=_W, score="sigmoid"),
         Family("mellum", "Mellum2-12B-A2.5B"),
         Family("mimo_v2_flash", "MiMo-V2-Flash", score="sigmoid"),

@@ -42,6 +42,8 @@ _LATENT = {  # multi-head latent attention
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
+_LATENT_RANK = {**_LATENT, "q_lora_rank": 16}
+_INDEXER = {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}  # attention to the best tokens only
 _DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
@@ -185,6 +187,45 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "MiMoV2FlashConfig",
         {**_MLP, **_ROUTED, **_GROUPS, "head_dim": 8, "v_head_dim": 8, "mlp_layer_types": _DENSE_THEN_SPARSE},
     ),
+    "axk1": (
+        "AXK1Config",
+        {**_MLP, **_ROUTED, **_GROUPS, **_LATENT_RANK, "mlp_layer_types": _DENSE_THEN_SPARSE},
+    ),
+    "beam": (
+        "BeamConfig",
+        {
+            **_MLP, **_TOP2,
+            "n_group": 4, "topk_group": 2, "head_dim": 8, "sliding_window": 4,
+            "mlp_layer_types": _DENSE_THEN_SPARSE,
+        },
+    ),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        {
+            **_MLP, **_ROUTED, **_GROUPS, **_LATENT_RANK, **_INDEXER,
+            "head_dim": 8, "mlp_layer_types": _DENSE_THEN_SPARSE,
+        },
+    ),
+    "flint": (
+        "FlintConfig",
+        {
+            **_MLP, **_TOP2,
+            "head_dim": 8, "shared_expert_intermediate_size": 24, "sliding_window": 4, "mlp_only_layers": [1],
+        },
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsaConfig",
+        {
+            **_MLP, **_ROUTED, **_GROUPS, **_LATENT_RANK, **_INDEXER,
+            "head_dim": 8, "mlp_layer_types": _DENSE_THEN_SPARSE,
+        },
+    ),
+    "granitemoe_swa": ("GraniteMoeSWAConfig", {**_LOCAL, "intermediate_size": 16, "sliding_window": 4}),
+    "hy_v3": (
+        "HYV3Config",
+        {**_MLP, **_TOP2, "head_dim": 8, "num_shared_experts": 1, "mlp_layer_types": _DENSE_THEN_SPARSE},
+    ),
+    "kolibri1": ("Kolibri1Config", {**_MLP, **_TOP2, "head_dim": 8, "shared_expert_intermediate_size": 24}),
     "llama": ("LlamaConfig", {"intermediate_size": 48}),
     "qwen2": ("Qwen2Config", {"intermediate_size": 48}),
 }  # fmt: skip
