@@ -281,6 +281,37 @@ def test_rows_that_can_move_are_not_warned_about() -> None:
     assert not observer.events
 
 
+@KINDS
+def test_a_second_run_gets_the_gradients_of_the_first(scope: str, router: str, tmp_path: Path) -> None:
+    """The rates of a ladder are tried one after the other on one Trainable."""
+    run, _ = make_run(tmp_path, "qwen2_moe", method_of(scope, router))
+    found = []
+    for _ in range(2):
+        with run.trainable.attached():
+            run.objective([0, 1], [0, 1]).total(run.method).backward()
+        leaves = run.trainable.named_parameters()
+        found.append({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+        for leaf in leaves.values():
+            leaf.grad = None
+    assert found[0]
+    assert same(found[0], found[1])
+
+
+def test_adapters_have_the_rank_and_the_scale_of_the_method() -> None:
+    view = moe_view(tiny.build_model("qwen2_moe"))
+    trainable = build(view, method_of("lora", "freeze", lora_rank=4, lora_alpha=10.0), {})
+    leaves = trainable.named_parameters()
+    layer = "model.layers.0.self_attn.o_proj"
+    down, up = leaves[f"{layer}.lora_A"], leaves[f"{layer}.lora_B"]
+    assert (down.shape, up.shape) == ((4, 32), (32, 4))
+    weight = view.model.get_submodule(layer).weight
+    base = weight.detach().clone()
+    with torch.no_grad():
+        up.fill_(0.5)
+    trainable.merge()
+    torch.testing.assert_close(weight.detach(), base + 2.5 * (up @ down).detach())
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_adapters_start_from_the_seed_of_the_method(seed: int) -> None:
     def first(of: int) -> dict[str, torch.Tensor]:
