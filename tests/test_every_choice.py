@@ -103,12 +103,17 @@ def test_the_command_runs_it(home: Path, tmp_path: Path, handlers: None, name: s
     asked = PACKED[name]
     sets = ("--forget", str(home / "forget.jsonl"), "--retain", str(home / "retain.jsonl"))
     command = ["run", "--model", str(home / "model"), *sets, "--out", str(tmp_path / "out"), "--json"]
+    scored = Method.model_validate({**FIXED, **asked}).selects_experts
+    command += ["--heatmap", str(tmp_path / "map.svg")] if scored else []
     done = CliRunner().invoke(app, [*command, *options_of({**FIXED, **asked})], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert {row["stage"] for row in result["metrics"]} >= {"before", "after"}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert changed_parts(manifest) == trained_parts(asked)
+    if scored:
+        drawn = (tmp_path / "map.svg").read_text()
+        assert all(f"layer {one['layer']}, expert {one['expert']}" in drawn for one in result["selection"])
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -70,6 +70,25 @@ def test_a_refusal_is_one_line_with_a_fix(home, case):
     assert word in line
 
 
+def test_a_method_that_the_service_would_refuse_uploads_nothing(home):
+    before = home.json("files", "list")
+    (home.home / "new.jsonl").write_text('{"text": "never uploaded"}\n')
+    base = ("submit", "--model", "tiny", "--forget", "new.jsonl")
+    for options, word in (((), "no retain set"), (("--retain", "retain.jsonl", "--steps", "0"), "steps")):
+        done = home.run(*base, *options)
+        assert (done.returncode, word in done.stderr) == (1, True)
+    assert home.json("files", "list") == before
+
+
+def test_a_picture_that_is_not_there_yet(home):
+    job = home.json(*SUBMIT)["id"]
+    done = home.run("get", job, "--heatmap", "map.svg")
+    assert done.returncode == 1
+    assert "has no attribution" in done.stderr
+    assert not (home.home / "map.svg").exists()
+    home.run("cancel", job)
+
+
 def test_the_saved_key_goes_to_the_saved_address_only(home):
     config = home.home / "config" / "seuf" / "config.json"
     assert stat.S_IMODE(config.stat().st_mode) == 0o600

@@ -79,7 +79,8 @@ def test_from_submit_to_a_model_that_opens_though_the_first_worker_falls(shell, 
         assert word in done.stderr
     assert re.search(r"set +domain +figure +before +.*after", done.stdout)
     job = re.search(r"job_[a-z2-7]{20}", done.stderr)[0]
-    shown = shell.run("get", job).stdout
+    shown = shell.run("get", job, "--heatmap", "map.svg").stdout
+    assert (shell.home / "map.svg").read_text().startswith("<svg")
     assert "succeeded" in shown
     assert "ticket=7" in shown
     listed = shell.run("list", "--status", "succeeded").stdout
