@@ -1,7 +1,7 @@
 """Write the README's table from docs/results/demo.json, so that it cannot say anything else.
 
-    python scripts/results_table.py          # writes
-    python scripts/results_table.py --check  # exit code 1 when the table is out of date
+python scripts/results_table.py          # writes
+python scripts/results_table.py --check  # exit code 1 when the table is out of date
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ COLUMNS = {
     "full_model": "whole model",
     "twin": "retrained twin",
 }
-ROWS = [(measure, domain) for measure in ("choice", "open") for domain in ("chemistry", "geography", "persons")]
+ROWS = [
+    (measure, domain) for measure in ("choice", "open") for domain in ("chemistry", "geography", "persons")
+]
 
 
 def table() -> str:
@@ -36,7 +38,9 @@ def table() -> str:
         ("parameters changed", "parameters_changed_share", "{:.1%}"),
         ("seconds of the job", "seconds_job", "{:.0f}"),
     ):
-        values = {"unlearned": figures[name]} | {c: figures.get(f"{name}/{c}") for c in ("random_expert", "full_model")}
+        values = {"unlearned": figures[name]} | {
+            c: figures.get(f"{name}/{c}") for c in ("random_expert", "full_model")
+        }
         cells = ["" if values.get(c) is None else form.format(values[c]) for c in COLUMNS]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", past_the_bound(figures)])
