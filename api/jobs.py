@@ -41,6 +41,7 @@ def submit_job(
     """Start a job. Answers at once; poll `links.self` or follow `links.events`.
 
     The method is completed from its preset now and stored with the job: what this answer shows is what runs.
+    GET /capabilities lists its choices; fields that do not go together are refused, each with its pointer.
     """
     try:
         body.method.check_retain(given=body.retain_set is not None)

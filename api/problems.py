@@ -166,7 +166,9 @@ async def _validation_problem(request: Request, error: Exception) -> JSONRespons
     assert isinstance(error, RequestValidationError)
     errors = [FieldError(**fields) for fields in field_errors(error.errors(), error.body)]
     first = errors[0]
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    # Fields that do not go together are one mistake, and its message names them all.
+    others = [error for error in errors[1:] if error.code != "method_misfit"]
+    more = f" (and {len(others)} more)" if others else ""
     place = first.parameter if first.parameter is not None else (first.pointer or "the body")
     if first.code == "json_invalid":
         problem = Problem(400, "json_invalid", first.detail, first.fix, errors=errors)
