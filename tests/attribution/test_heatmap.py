@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from seuf_core.attribution.heatmap import DIVERGING, SEQUENTIAL, heatmap_svg
+from seuf_core.attribution.heatmap import DIVERGING, SEQUENTIAL, attribution_svg, heatmap_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 AFFINITY = [[0.1, 0.4, 0.2], [0.3, 0.0, 0.25]]
@@ -149,6 +149,12 @@ def test_scores_without_any_number_are_still_a_picture() -> None:
     picture = drawn([[math.nan, None], [None, math.nan]])
     assert len(list(picture.iter(f"{SVG}path"))) == 4
     assert "Highest" not in picture.findtext(f"{SVG}desc", "")
+
+
+def test_an_attribution_is_drawn_with_its_own_selection() -> None:
+    selection = [{"layer": 4, "expert": 0, "score": 0.3}]
+    attribution = {"score": "contrast", "matrix": CONTRAST, "layers": [1, 4], "selection": selection}
+    assert attribution_svg(attribution) == heatmap_svg(CONTRAST, (1, 4), {(4, 0)}, "Experts by contrast")
 
 
 def test_what_xml_forbids_becomes_a_space() -> None:
