@@ -26,11 +26,8 @@ SAMPLE_BYTES = 256
 TRAINABLE = frozenset({"F16", "BF16", "F32", "F64"})
 
 
-# What to do about weights that are quantised, by the quant_method of config.json.
-_DEQUANTISE = {
-    "mxfp4": "Load it with Mxfp4Config(dequantize=True) and save that, which gives the bfloat16 checkpoint.",
-    "fp8": "Load it with FineGrainedFP8Config(dequantize=True) and save that, which gives the bfloat16 checkpoint.",
-}
+# Quantisation methods, as config.json names them, that seuf_core.checkpoint.dequantise undoes.
+DEQUANTISABLE = frozenset({"fp8", "mxfp4"})
 _USE_FULL = "Use the 16 or 32 bit checkpoint it was made from, and quantise the result."
 
 # Endings of `architectures` in config.json that AutoModelForCausalLM opens.
@@ -163,15 +160,18 @@ def _model_type(folder: Path, config: dict[str, Any]) -> str:
     quantisation = config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise _quantised(folder, str(method or "no quant_method named"), _DEQUANTISE.get(str(method)))
+        fix = f"Run python -m seuf_core.checkpoint.dequantise {folder} OUT, which writes its bfloat16 form."
+        raise _quantised(
+            folder, str(method or "no quant_method named"), fix if method in DEQUANTISABLE else _USE_FULL
+        )
     return model_type
 
 
-def _quantised(folder: Path, how: str, fix: str | None = None) -> ModelError:
+def _quantised(folder: Path, how: str, fix: str = _USE_FULL) -> ModelError:
     return ModelError(
         "quantised",
         f"The weights of {folder} are quantised ({how}): they cannot be trained.",
-        fix or _USE_FULL,
+        fix,
     )
 
 

@@ -118,7 +118,7 @@ def plan(base: Path, changed: Mapping[str, torch.Tensor]) -> WritePlan:
     for records in dirty.values():
         records.sort(key=lambda record: record.offset)
         _refuse_twice(records)
-    files = (*(shard.name for shard in index.shards), *_companions(base, index))
+    files = (*(shard.name for shard in index.shards), *companions(base, index))
     size = sum((base / name).stat().st_size for name in (*files, CONFIG))
     return WritePlan(base, index, changed, dirty, files, size + delta_bytes(dirty))
 
@@ -159,7 +159,8 @@ def _cast(record: TensorRecord, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", TORCH_DTYPES[record.dtype]).contiguous()
 
 
-def _companions(base: Path, index: CheckpointIndex) -> list[str]:
+def companions(base: Path, index: CheckpointIndex) -> list[str]:
+    """Names of what belongs to a model beside shards and config.json. Raises ModelError(incomplete_model)."""
     sharded = [shard.name for shard in index.shards] != [SINGLE]
     rules = (*_BELONGS, INDEX) if sharded else _BELONGS
     names = sorted(

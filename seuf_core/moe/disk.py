@@ -6,11 +6,13 @@ every expert has tensors of its own, or a row of a fused one.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from seuf_core.checkpoint.index import CheckpointIndex
+from seuf_core.checkpoint.reader import TORCH_DTYPES
 from seuf_core.moe.view import MoEView, expert_parameters
 
 
@@ -66,6 +68,19 @@ def all_tensors(view: MoEView, on_disk: Container[str] | None = None) -> dict[st
         for name in set(on) - set(kept):
             del others[name]
     return others | experts
+
+
+@torch.no_grad()
+def round_to_disk(tensors: Mapping[str, torch.Tensor], index: CheckpointIndex) -> None:
+    """Round the model's own tensors, given by disk name, to the dtypes that the files have, in place.
+
+    Some families keep their routers in fp32 in memory and the files may have them in 16 bits (Hunyuan, ERNIE,
+    Flint, Beam): what is measured must be what will be read back.
+    """
+    for name, tensor in tensors.items():
+        record = index.record(name)
+        if record is not None:
+            tensor.copy_(tensor.to(TORCH_DTYPES[record.dtype]))
 
 
 def _disk_names(view: MoEView, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

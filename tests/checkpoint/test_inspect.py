@@ -114,8 +114,8 @@ def test_an_unknown_family_with_experts_lists_the_known(own):
 
 
 QUANTISED = {  # quant_method as each library writes it -> what the fix must say
-    "mxfp4": "Mxfp4Config(dequantize=True)",
-    "fp8": "FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "seuf_core.checkpoint.dequantise",
+    "fp8": "seuf_core.checkpoint.dequantise",
     "fbgemm_fp8": "16 or 32 bit checkpoint",
     "gptq": "16 or 32 bit checkpoint",
     "awq": "16 or 32 bit checkpoint",
