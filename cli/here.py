@@ -9,6 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cli import output
+from seuf_core.errors import Cancelled
 
 if TYPE_CHECKING:
     from cli.live import Live
@@ -42,7 +43,9 @@ class Shown:
         signal.signal(signal.SIGTERM, self._interrupted)
 
     def phase(self, name: str, done: int, total: int) -> None:
-        """Progress inside a phase."""
+        """Progress inside a phase; one in which nothing is worth saving ends here when Ctrl-C was pressed."""
+        if self._stop and name not in ("unlearning", "publishing"):
+            raise Cancelled
         if name != self._place[0]:
             self._step = {}
         self._place = (name, done, total)
@@ -54,8 +57,7 @@ class Shown:
             self._step = data
             self._show()
         elif type == "selection":
-            experts = ", ".join(f"layer {e['layer']} expert {e['expert']}" for e in data["experts"])
-            self._live.note(f"selected: {experts}")
+            self._live.selected(data["experts"])
         elif type == "warning" and data.get("code") not in self._unheard:
             self._live.note(f"warning: {data.get('message', '')}")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cli import output
 
@@ -19,6 +20,7 @@ class Live:
         self._bar: Progress | None = _bar() if sys.stderr.isatty() else None
         self._task = self._bar.add_task("waiting", total=None, facts="") if self._bar else None
         self._phase: str | None = None
+        self._selected = ""
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -63,6 +65,13 @@ class Live:
             self._bar.console.print(text)
         else:
             output.say(text)
+
+    def selected(self, chosen: Sequence[Mapping[str, Any]]) -> None:
+        """Which experts are trained. The winner is named again at the end: news only if another was tried since."""
+        experts = ", ".join(f"layer {one['layer']} expert {one['expert']}" for one in chosen)
+        if experts != self._selected:
+            self.note(f"selected: {experts}")
+        self._selected = experts
 
 
 def _bar() -> Progress:

@@ -67,7 +67,7 @@ def print_metrics(rows: Sequence[Mapping[str, Any]]) -> None:
         values = [_figure(by_stage[stage]["value"]) if stage in by_stage else "" for stage in stages]
         chance = "" if some["chance"] is None else _figure(some["chance"])
         lines.append([which, domain or "all", name, *values, chance, some["n"]])
-    heads = [stage.replace("_masked", " (masked)") for stage in stages]
+    heads = ["masked" if stage.endswith("_masked") else stage for stage in stages]  # beside its stage
     print_table(["set", "domain", "figure", *heads, "chance", "n"], lines)
 
 

@@ -56,8 +56,7 @@ class _Shown:
                 self._look()
                 self._show()
             case "selection":
-                experts = ", ".join(f"layer {e['layer']} expert {e['expert']}" for e in data["experts"])
-                self._live.note(f"selected: {experts}")
+                self._live.selected(data["experts"])
             case "warning":
                 self._live.note(f"warning: {data.get('message', '')}")
 

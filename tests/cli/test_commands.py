@@ -206,3 +206,55 @@ def test_run_unlearns_here_and_prints_the_table(shell, tiny_model):
     assert {row["stage"] for row in result["metrics"]} >= {"before", "after"}
     assert (shell.home / "out" / "manifest.json").exists()
     assert 0 < result["parameters_changed"] < result["parameters_total"]
+
+
+def test_the_table_of_figures_fits_a_terminal_of_80_columns(capsys, monkeypatch):
+    from cli import output
+
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"set": "forget", "domain": "chemistry", "value": 1.0, "n": 196, "chance": 0.25}
+    stages = ("after_masked", "before", "after", "before_masked")
+    output.print_metrics(
+        [{**row, "name": name, "stage": s} for name in ("ranked_last", "choice") for s in stages]
+    )
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["set", "domain", "figure", "before", "masked", "after", "masked", "chance", "n"]
+    assert [first.split()[2], second.split()[2]] == ["choice", "ranked_last"]
+
+
+def test_a_selection_is_told_once_and_again_only_after_another(capsys):
+    from cli.live import Live
+
+    live = Live()
+    one, two = ({"layer": 0, "expert": expert} for expert in (3, 5))
+    for chosen in ([one], [one], [one, two], [one]):
+        live.selected(chosen)
+    assert capsys.readouterr().err.splitlines() == [
+        "selected: layer 0 expert 3",
+        "selected: layer 0 expert 3, layer 0 expert 5",
+        "selected: layer 0 expert 3",
+    ]
+
+
+@pytest.mark.parametrize("phase", ["attributing", "unlearning"])
+def test_ctrl_c_ends_a_phase_in_which_nothing_is_worth_saving_at_once(phase, capsys):
+    import signal
+
+    from cli.here import Shown
+    from cli.live import Live
+    from seuf_core.errors import Cancelled
+
+    kept = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        shown = Shown(Live())
+        shown.phase(phase, 1, 9)
+        signal.raise_signal(signal.SIGINT)
+        assert shown.cancelled()
+        if phase == "attributing":
+            with pytest.raises(Cancelled):
+                shown.phase(phase, 2, 9)
+        else:
+            shown.phase(phase, 2, 9)  # the loop writes a training checkpoint first
+    finally:
+        signal.signal(signal.SIGINT, kept[0])
+        signal.signal(signal.SIGTERM, kept[1])
