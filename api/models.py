@@ -25,7 +25,7 @@ router = APIRouter(prefix="/models", tags=["models"])
 def register_model(
     body: schemas.ModelCreate, response: Response, service: TheService, caller: TheCaller
 ) -> schemas.Model:
-    """Register a model folder: a Mixture-of-Experts model of a known architecture, in safetensors.
+    """Register a model folder: safetensors of a known Mixture-of-Experts family, or of a dense model.
 
     Only headers are read, so this takes milliseconds at any size. Code in the folder is never run.
     """

@@ -160,7 +160,7 @@ class Model(Answer):
     path: str
     model_type: str
     num_layers: int
-    moe_layers: list[int] = Field(description="Layers that have experts.")
+    moe_layers: list[int] = Field(description="Layers that have experts; empty for a dense model.")
     num_experts: int
     num_experts_per_tok: int
     parameters: int
