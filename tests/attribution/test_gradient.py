@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from seuf_core.attribution.gradient import Derivatives, expert_derivatives
 from seuf_core.data.batches import Encoded, collate, length_bucketed
+from seuf_core.families import FAMILIES
 from seuf_core.moe.view import MoEView, moe_view
 from tests import tiny
 from tests.attribution.written import routed
@@ -46,7 +47,7 @@ def fused(view: MoEView, rows: list[Encoded]) -> torch.Tensor:
     return torch.stack(per_layer).double()
 
 
-@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_it_equals_the_fused_gradients(family: str) -> None:
     rows = uneven()
     view = moe_view(tiny.build_model(family))

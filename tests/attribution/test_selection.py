@@ -63,6 +63,8 @@ def test_an_expert_without_a_number_is_no_candidate() -> None:
     scores = torch.tensor([[NAN, 0.1, -0.2, NAN], [NAN, NAN, NAN, NAN]])
     for spread in ("one_per_layer", "across_layers", "same_layer"):
         assert pairs(rank(scores, (2, 5), spread)) == [(2, 1), (2, 2)]
+    uneven = torch.tensor([[NAN, 0.1], [0.5, 0.4]])  # the best of layer 2 is its second expert
+    assert pairs(rank(uneven, (2, 5), "one_per_layer")) == [(5, 0), (2, 1), (5, 1)]
     with pytest.raises(MethodError) as caught:
         rank(torch.full((2, 4), NAN), (2, 5), "across_layers")
     assert caught.value.code == "no_scores"
@@ -234,11 +236,22 @@ def test_a_method_without_one_grows_within_its_fields() -> None:
     assert chosen_by(DESCENDING, TEN, **fields) == [[(0, 0), (0, 1)], [(0, 0), (0, 1), (0, 2)]]
 
 
+@pytest.mark.parametrize(
+    ("spread", "expected"),
+    [
+        ("one_per_layer", [(2, 1), (5, 0)]),
+        ("across_layers", [(2, 1), (5, 0)]),
+        ("same_layer", [(2, 1), (2, 2)]),
+    ],
+)
+def test_growth_lies_where_the_method_says(spread: Spread, expected: list[tuple[int, int]]) -> None:
+    statistics = replace(statistics_of([[[1, 1], [3, 3]], [[2, 2], [0, 0]]]), layers=(2, 5))
+    assert chosen_by(SCORES, statistics, spread=spread, coverage=1.0, max_experts=2) == [expected]
+
+
 def test_esft_takes_its_share_of_every_layer() -> None:
     layers = replace(statistics_of([[[0, 1], [0, 1]]]), layers=(1, 4))
-    assert chosen_by(SHARES, layers, scope="esft", esft_share=0.51) == [
-        [(1, 1), (1, 3), (4, 0), (4, 1), (4, 2)]
-    ]
+    assert chosen_by(SHARES, layers, scope="esft", esft_share=0.26) == [[(1, 1), (4, 0), (4, 1)]]
 
 
 def test_the_random_control_is_as_large_and_stops_growing_when_a_layer_is_half_chosen() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from seuf_core.attribution.statistics import RoutingStatistics, routing_statistics
 from seuf_core.data.batches import Encoded, collate, length_bucketed
+from seuf_core.families import FAMILIES
 from seuf_core.moe.routing import capture_routing
 from seuf_core.moe.view import moe_view
 from tests import tiny
@@ -97,7 +98,7 @@ def brute_force(
     return total, answers
 
 
-@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_routing_score_equals_its_definition_token_by_token(family: str) -> None:
     rows = sequences()
     expected, answers = brute_force(family, rows)
@@ -113,7 +114,7 @@ def test_every_routing_score_equals_its_definition_token_by_token(family: str) -
     assert sorted(positions) == sorted(answers)  # the order of sequences is the batches' own
 
 
-@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_invariants(family: str) -> None:
     """Rows of token_share sum to 1 (columns do not: ESFT's script has the axis wrong); affinity <= gate_full."""
     view = moe_view(tiny.build_model(family))
