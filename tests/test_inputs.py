@@ -11,7 +11,7 @@ import torch
 
 from seuf_core.attribution.statistics import routing_statistics
 from seuf_core.data.batches import collate, encode_examples
-from seuf_core.errors import DataError
+from seuf_core.errors import DataError, ModelError
 from seuf_core.inputs import SELECTION_PROBES, Inputs, read_inputs
 from seuf_core.method import Attribution, Method
 from seuf_core.observer import Silent
@@ -37,7 +37,8 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def examples(side: str, count: int = 40) -> list[dict[str, Any]]:
     return [
-        {"id": f"{side}{i}", "fact": f"{side}{i}", "prompt": "is", "completion": f" a{i}"} for i in range(count)
+        {"id": f"{side}{i}", "fact": f"{side}{i}", "prompt": "is", "completion": f" a{i}"}
+        for i in range(count)
     ]
 
 
@@ -68,6 +69,20 @@ def read(
         method,
         observer or Recorder(),
     )
+
+
+def test_a_dense_model_is_refused_before_its_weights_are_read_where_experts_are_chosen(
+    tmp_path: Path,
+) -> None:
+    model, forget = tiny.write_model(tmp_path / "model", "llama"), lines(tmp_path / "f.jsonl", examples("f"))
+    for scope in ("seuf", "router_only"):
+        method = Method.model_validate({"scope": scope, "router": "train"})
+        with pytest.raises(ModelError, match="lora or full") as caught:
+            read_inputs(model, forget, forget, None, method, Recorder())
+        assert caught.value.code == "dense_model"
+    for scope in ("lora", "full"):
+        read = read_inputs(model, forget, forget, None, Method.model_validate({"scope": scope}), Recorder())
+        assert read.facts.num_experts == 0
 
 
 def facts(records: list[Any], side: str) -> set[str]:
@@ -102,7 +117,9 @@ def test_without_retain_probes_the_retain_examples_bound_the_run(tmp_path: Path)
 
 def test_a_run_that_nothing_bounds_says_so(tmp_path: Path) -> None:
     recorder = Recorder()
-    assert {probe.set for probe in read(tmp_path, None, retain=False, observer=recorder).test_probes} == {"forget"}
+    assert {probe.set for probe in read(tmp_path, None, retain=False, observer=recorder).test_probes} == {
+        "forget"
+    }
     assert recorder.codes == ["no_retain_probes"]
 
 
