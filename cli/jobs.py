@@ -82,7 +82,7 @@ def get(
     key: options.Key = None,
     json: options.Json = False,
 ) -> None:
-    """Show a job as it stands now, with its figures; --heatmap saves its scores as a picture."""
+    """Show a job as it stands now, with its selected experts and its figures."""
     with connect(url, key) as client:
         found = client.job(job)
         if heatmap is not None:
@@ -90,12 +90,24 @@ def get(
         if json:
             output.print_json(found)
             return
-        output.print_fields(_fields(found))
+        output.print_fields(_fields(found) | {"experts": _experts(client, job)})
         if found["finished_at"] is not None:
             metrics = client.metrics(job)["data"]
             if metrics:
                 typer.echo()
                 output.print_metrics(metrics)
+
+
+def _experts(client: Client, job_id: str) -> str | None:
+    """The experts that the job trains, once they are known."""
+    from client import ApiError
+
+    try:
+        return output.experts(client.attribution(job_id)["selection"]) or None
+    except ApiError as error:
+        if error.code != "attribution_not_there":
+            raise
+        return None
 
 
 # What the method line of a job tells; all of it is in --json.

@@ -68,7 +68,7 @@ class Live:
 
     def selected(self, chosen: Sequence[Mapping[str, Any]]) -> None:
         """Which experts are trained. The winner is named again at the end: news only if another was tried since."""
-        experts = ", ".join(f"layer {one['layer']} expert {one['expert']}" for one in chosen)
+        experts = output.experts(chosen)
         if experts != self._selected:
             self.note(f"selected: {experts}")
         self._selected = experts

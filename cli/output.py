@@ -71,6 +71,11 @@ def print_metrics(rows: Sequence[Mapping[str, Any]]) -> None:
     print_table(["set", "domain", "figure", *heads, "chance", "n"], lines)
 
 
+def experts(chosen: Iterable[Mapping[str, Any]]) -> str:
+    """Selected experts, in a line."""
+    return ", ".join(f"layer {one['layer']} expert {one['expert']}" for one in chosen)
+
+
 def _figure(value: float | None) -> str:
     return "no number" if value is None else f"{value:.3f}"
 

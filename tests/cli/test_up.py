@@ -83,6 +83,7 @@ def test_from_submit_to_a_model_that_opens_though_the_first_worker_falls(shell, 
     assert (shell.home / "map.svg").read_text().startswith("<svg")
     assert "succeeded" in shown
     assert "ticket=7" in shown
+    assert re.search(r"^experts +layer \d expert \d", shown, re.MULTILINE)
     listed = shell.run("list", "--status", "succeeded").stdout
     assert job in listed
     assert "tiny" in listed
