@@ -127,7 +127,8 @@ def test_every_linear_layer_outside_experts_routers_and_head_is_adapted() -> Non
         assert set(scope.named_parameters()) == {f"{name}.lora_{side}" for name in names for side in "AB"}
 
 
-@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+# Beside the usual ones, two with linear layers inside the router and one whose router is a linear layer.
+@pytest.mark.parametrize("family", [*tiny.MOE_FAMILIES, "granitemoe", "hunyuan_v1_moe", "jamba"])
 def test_no_router_and_no_expert_of_any_family_is_adapted(family: str) -> None:
     view = moe_view(tiny.build_model(family))
     inside = {
