@@ -98,9 +98,8 @@ def routing_statistics(view: MoEView, batches: Iterable[Batch]) -> RoutingStatis
 def _sequence_means(routing: Routing, view: MoEView, batch: Batch) -> torch.Tensor:
     """[L, 3, E]: for each layer the sum over the batch's sequences of their mean g, 1[selected] / K and s."""
     mask = batch.attention_mask.double()  # [B, S]; padding never counts
-    weight = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).view(
-        -1
-    )  # [T]: 1/Lj on the tokens of sequence j
+    # [T]: 1/Lj on the tokens of sequence j.
+    weight = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).view(-1)
     layers = []
     for layer in view.layer_indices:
         selected = routing.selected(layer) / view.num_experts_per_tok

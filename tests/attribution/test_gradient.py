@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from seuf_core.attribution.gradient import Derivatives, expert_derivatives
 from seuf_core.data.batches import Encoded, collate, length_bucketed
@@ -171,6 +172,39 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
         assert parameter.grad is None
         assert parameter.requires_grad == (name not in frozen)
         assert torch.equal(parameter, before[name])
+
+
+def test_weights_that_require_a_gradient_keep_no_more_of_the_activations() -> None:
+    kept = []
+    for trainable in (False, True):
+        view = moe_view(tiny.build_model("olmoe").requires_grad_(trainable))
+        saved: list[int] = []
+
+        def count(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            expert_derivatives(view, [collate(sequences())])
+        kept.append(sum(saved))
+    assert kept[0] == kept[1] > 0
+
+
+def test_it_takes_gradients_where_a_caller_wants_none_and_runs_the_models_own_experts_function() -> None:
+    view, calls = moe_view(tiny.build_model("olmoe")), []
+    grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+    def counted(self: object, *inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        result: torch.Tensor = grouped(self, *inputs)
+        return result
+
+    ALL_EXPERTS_FUNCTIONS.register("seuf_test_counted", counted)
+    view.model.set_experts_implementation("seuf_test_counted")
+    with torch.no_grad():
+        found = expert_derivatives(view, [collate(sequences())])
+    assert calls == [layer.experts for layer in view.layers]
+    assert found.mean.abs().max() > 1e-3
 
 
 def raise_stop() -> None:

@@ -99,6 +99,13 @@ def test_a_score_with_both_signs_diverges_around_zero() -> None:
         ([[0.5, 0.5], [0.5, 0.5]], ["0.5"]),
     ],
 )
+def test_equal_scores_have_the_middle_colour_and_zero_has_no_sign() -> None:
+    colours = set(fills(drawn([[0.5, 0.5], [0.5, 0.5]])))
+    assert len(colours) == 1
+    assert lightness(colours.pop()) == pytest.approx((SEQUENTIAL[0][0] + SEQUENTIAL[-1][0]) / 2, abs=0.01)
+    assert list(cells(drawn([[-0.0, 0.5]], (1,))))[0] == "layer 1, expert 0: 0"
+
+
 def test_the_colour_bar_has_the_numbers_of_its_ends(scores: list[list[float]], marks: list[str]) -> None:
     assert texts(drawn(scores))[-len(marks) :] == marks
     assert texts(drawn(scores))[-len(marks) - 1] == "layer"
@@ -185,6 +192,7 @@ def test_everything_lies_inside_the_picture_and_labels_have_room(layers: int, ex
     last = list(cells(picture).values())[-1]
     side = float(last.get("width", ""))
     assert 5 <= side <= 38
+    assert float(last.get("x", "")) + side <= max(1024, 6 * experts)
     assert side == float(last.get("height", ""))
     assert 58 + float(last.get("x", "")) + side < width - 60  # and the colour bar with its numbers
     numbers = [element for element in picture.iter(f"{SVG}text") if (element.text or "").isdigit()]

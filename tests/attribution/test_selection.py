@@ -187,6 +187,10 @@ def test_esft_at_one_takes_every_expert_that_was_ever_chosen_and_no_other() -> N
     """Thirds and sevenths do not sum to 1 in binary, and one place of 10 million is still a place."""
     thirds = torch.tensor([[1 / 3, 0.0, 1 / 3, 1 / 3], [1 - 1e-7, 0.0, 1e-7, 0.0]], dtype=torch.float64)
     assert pairs(esft(thirds, (0, 1), 1.0)) == [(0, 0), (0, 2), (0, 3), (1, 0), (1, 2)]
+    tenths = torch.tensor(
+        [[0.1] * 10 + [0.0]], dtype=torch.float64
+    )  # one after the other they sum to less than 1
+    assert len(esft(tenths, (0,), 1.0)) == 10
     sevenths = torch.full((1, 7), 1 / 7, dtype=torch.float64)
     assert len(esft(sevenths, (0,), 1.0)) == 7
     assert [len(esft(sevenths, (0,), count / 7)) for count in range(1, 8)] == list(range(1, 8))
@@ -216,6 +220,7 @@ def test_no_random_expert_is_left_where_all_are_chosen() -> None:
 
 def test_by_layer_groups_and_sorts() -> None:
     assert by_layer(rank(SCORES, (2, 5), "across_layers")[:3]) == {2: (1,), 5: (0, 2)}
+    assert by_layer(SelectedExpert(5, expert, 0.0) for expert in (2, 0, 3)) == {5: (0, 2, 3)}
 
 
 def chosen_by(
