@@ -78,6 +78,13 @@ def test_a_score_without_negatives_darkens_evenly_from_its_lowest_to_its_highest
     assert min(falls) > 0
 
 
+def test_equal_scores_have_the_middle_colour_and_zero_has_no_sign() -> None:
+    colours = set(fills(drawn([[0.5, 0.5], [0.5, 0.5]])))
+    assert len(colours) == 1
+    assert lightness(colours.pop()) == pytest.approx((SEQUENTIAL[0][0] + SEQUENTIAL[-1][0]) / 2, abs=0.01)
+    assert next(iter(cells(drawn([[-0.0, 0.5]], (1,))))) == "layer 1, expert 0: 0"
+
+
 def test_a_score_with_both_signs_diverges_around_zero() -> None:
     steps = [[i / 10 for i in range(-5, 11)]]
     colours = fills(drawn(steps, (0,)))
@@ -99,13 +106,6 @@ def test_a_score_with_both_signs_diverges_around_zero() -> None:
         ([[0.5, 0.5], [0.5, 0.5]], ["0.5"]),
     ],
 )
-def test_equal_scores_have_the_middle_colour_and_zero_has_no_sign() -> None:
-    colours = set(fills(drawn([[0.5, 0.5], [0.5, 0.5]])))
-    assert len(colours) == 1
-    assert lightness(colours.pop()) == pytest.approx((SEQUENTIAL[0][0] + SEQUENTIAL[-1][0]) / 2, abs=0.01)
-    assert list(cells(drawn([[-0.0, 0.5]], (1,))))[0] == "layer 1, expert 0: 0"
-
-
 def test_the_colour_bar_has_the_numbers_of_its_ends(scores: list[list[float]], marks: list[str]) -> None:
     assert texts(drawn(scores))[-len(marks) :] == marks
     assert texts(drawn(scores))[-len(marks) - 1] == "layer"
