@@ -278,6 +278,18 @@ def test_a_weight_that_the_files_do_not_hold_is_refused_before_the_training() ->
     assert refused.value.code == "not_on_disk"
 
 
+def test_weights_in_one_storage_are_no_shared_weights() -> None:
+    """As tensors read from one mapped file are."""
+    model = tiny.build_model("qwen2_moe")
+    expected = set(lora(model).disk_tensors())
+    storage = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = storage[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    assert set(lora(model).disk_tensors()) == expected
+
+
 def test_tied_embeddings_are_no_business_of_an_adapter() -> None:
     model = tiny.build_model("llama", tie_word_embeddings=True)
     assert not any("embed" in name or "lm_head" in name for name in lora(model).disk_tensors())
