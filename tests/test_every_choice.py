@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from cli.main import app, main
 from client import ApiError, Client
+from client.types import Job
 from seuf_core import Method, attribute, unlearn
 from seuf_core.attribution.selection import coverage
 from tests import tiny
@@ -59,6 +60,15 @@ def files(service: Client, home: Path) -> dict[str, str]:
     }  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def jobs(service: Client, files: dict[str, str]) -> dict[str, Job]:
+    """Every packed method as a job, all in the queue at once: they run while the other tests do."""
+    return {
+        name: service.submit("tiny", files["forget"], retain_set=files["retain"], method={**FIXED, **asked})
+        for name, asked in PACKED.items()
+    }
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """`seuf run` in this process takes the signals; they are given back."""
@@ -77,6 +87,12 @@ def test_the_packed_methods_hold_every_choice() -> None:
     rows = list(PACKED.values())
     assert all(any(choice.items() <= row.items() for row in rows) for choice in CHOICES.values())
     assert len(rows) < len(CHOICES) / 2
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_service_takes_it(jobs: dict[str, Job], name: str) -> None:
+    wanted = Method.model_validate({**FIXED, **PACKED[name]})
+    assert jobs[name]["method"] == wanted.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -114,24 +130,6 @@ def test_the_command_runs_it(home: Path, tmp_path: Path, handlers: None, name: s
     if scored:
         drawn = (tmp_path / "map.svg").read_text()
         assert all(f"layer {one['layer']}, expert {one['expert']}" in drawn for one in result["selection"])
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_the_service_runs_it(service: Client, files: dict[str, str], name: str) -> None:
-    asked = PACKED[name]
-    job = service.submit("tiny", files["forget"], retain_set=files["retain"], method={**FIXED, **asked})
-    list(service.events(job["id"]))
-    job = service.job(job["id"])
-    assert job["status"] == "succeeded", job["error"]
-    assert asked.items() <= job["method"].items()
-    assert changed_parts(service.checkpoint(str(job["checkpoint"]))["manifest"]) == trained_parts(asked)
-    if Method.model_validate(job["method"]).selects_experts:
-        attribution = service.attribution(job["id"])
-        assert attribution["score"] == job["method"]["attribution"]
-        assert service.heatmap(job["id"]).count("<rect ") > len(attribution["layers"]) * 8
-    else:
-        with pytest.raises(ApiError, match="has no attribution"):
-            service.attribution(job["id"])
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
@@ -228,3 +226,20 @@ def test_attributing_asks_for_a_retain_set_only_where_the_score_needs_one(
             main()
         assert ended.value.code == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_service_runs_it(service: Client, jobs: dict[str, Job], name: str) -> None:
+    list(service.events(jobs[name]["id"]))
+    job = service.job(jobs[name]["id"])
+    assert job["status"] == "succeeded", job["error"]
+    assert changed_parts(service.checkpoint(str(job["checkpoint"]))["manifest"]) == trained_parts(
+        PACKED[name]
+    )
+    if Method.model_validate(job["method"]).selects_experts:
+        attribution = service.attribution(job["id"])
+        assert attribution["score"] == job["method"]["attribution"]
+        assert service.heatmap(job["id"]).count("<rect ") > len(attribution["layers"]) * 8
+    else:
+        with pytest.raises(ApiError, match="has no attribution"):
+            service.attribution(job["id"])
