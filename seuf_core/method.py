@@ -353,14 +353,25 @@ class Method(BaseModel):
             )
         return self.model_copy(update={"retain_loss": "none", "router": "freeze"})
 
-    @property
-    def ladder(self) -> tuple[float, ...]:
-        """The learning rates to try, strongest first."""
+    def rates(self, weight_rms: float) -> tuple[float, ...]:
+        """The learning rates to try, strongest first.
+
+        Args:
+            weight_rms: root mean square of the trained weights. AdamW moves each of them by about its rate a step,
+                so a rate only means something beside their size.
+        """
         if self.learning_rate != "auto":
             return (self.learning_rate,)
         if self.learning_rate_ladder is not None:
             return tuple(sorted(self.learning_rate_ladder, reverse=True))
-        return LADDERS["full" if self.scope == "full" else "experts"]
+        shares = RELATIVE_RATES["full" if self.scope == "full" else "selected"]
+        # Two digits: what is shown is what was used.
+        return tuple(float(f"{share * weight_rms:.2g}") for share in shares)
+
+    @property
+    def rungs(self) -> int:
+        """How many rates `rates` gives."""
+        return len(self.rates(1.0))
 
 
 def _word(fields: dict[str, Any], name: str, default: str) -> str:
@@ -428,6 +439,7 @@ def _strength_misfit(method: Method) -> Misfit | None:
     return None
 
 
-# A whole model diverges at rates one expert needs (docs/explanation/method.md): each gets its own ladder, with
-# equally many rungs so that neither side of a comparison searches harder.
-LADDERS: Final[dict[str, tuple[float, ...]]] = {"experts": (3e-3, 1e-3), "full": (3e-4, 1e-4)}
+# What one step may move a weight by, as a share of the trained weights' root mean square. A whole model diverges at
+# rates one expert needs (docs/explanation/method.md), so it has its own, ten times weaker; equally many, so that
+# neither side of a comparison searches harder.
+RELATIVE_RATES: Final[dict[str, tuple[float, ...]]] = {"selected": (0.04, 0.0133), "full": (0.004, 0.00133)}

@@ -15,46 +15,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from seuf_core.attribution.scores import Scored, score_experts
-from seuf_core.attribution.selection import SelectedExpert, by_layer, coverage, selections
+from seuf_core.attribution.scores import score_experts
+from seuf_core.attribution.selection import Selection, coverage, first_choice, selections
 from seuf_core.attribution.stability import Stability, stability
-from seuf_core.checkpoint.index import read_index
+from seuf_core.attribution.statistics import RoutingStatistics
 from seuf_core.checkpoint.manifest import Manifest
 from seuf_core.checkpoint.writer import write_checkpoint
-from seuf_core.data.batches import encode_examples
-from seuf_core.errors import Cancelled, MethodError, WriteError
-from seuf_core.evaluate.probes import EncodedProbe, encode_probes, score_probes, summarise
-from seuf_core.inputs import Inputs, read_inputs
+from seuf_core.errors import Cancelled, WriteError
+from seuf_core.evaluate.probes import score_probes, summarise
+from seuf_core.inputs import read_inputs
+from seuf_core.job import Job, open_job
 from seuf_core.method import Method
 from seuf_core.moe.routing import can_mask, experts_masked
-from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.observer import Observer, Silent
-from seuf_core.unlearning.loop import Run, RungResult, train_rung
-from seuf_core.unlearning.objectives import TrainingData, build_objective
-from seuf_core.unlearning.rule import FORGOTTEN, Quality, order, quality_of
-from seuf_core.unlearning.scopes import (
-    ExpertScope,
-    Trainable,
-    Values,
-    WholeModelScope,
-    assign,
-    snapshot,
-)
+from seuf_core.search import Found, search
+from seuf_core.unlearning.scopes import assign
 from seuf_core.version import __version__
 
 
 @dataclass(frozen=True)
 class Attributed:
-    """Scores [L, E], what they were made from, and how stable they are."""
+    """Scores [L, E], what they were made from, and how stable they are.
+
+    candidates: what may be trained, the smallest first; each later one holds those before it. selection: the one
+    that is trained, or would be. forget: routing of the forget set, from which its coverage follows.
+    """
 
     score: str
     matrix: torch.Tensor
     layers: tuple[int, ...]
     stability: Stability
-    selection: tuple[SelectedExpert, ...]
-    coverage: float
+    candidates: tuple[Selection, ...]
+    selection: Selection
+    forget: RoutingStatistics
+
+    @property
+    def coverage(self) -> float:
+        """Share of the positions that predict a forget answer which a selected expert sees."""
+        return coverage(self.forget, self.selection)
+
+    def chosen(self) -> dict[str, Any]:
+        """The selection and its coverage, as plain JSON."""
+        return {"experts": [asdict(target) for target in self.selection], "coverage": self.coverage}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON: score, layers, matrix, stability, coverage, selection."""
@@ -72,7 +75,7 @@ class Attributed:
 class UnlearnResult:
     """What a job leaves behind.
 
-    attribution: see `Attributed.as_dict`; None for scope full. selection: the trained experts.
+    attribution: see `Attributed.as_dict`; None for a scope without experts. selection: the trained experts.
     metrics: rows {stage, set, domain, name, value, n, chance}, stage before, after, before_masked, after_masked,
         all on the test part. chosen: the winning step {learning_rate, step, ...selection figures}.
     checkpoint: the folder written (None when it was not asked for). seconds: wall clock by phase.
@@ -123,34 +126,26 @@ def unlearn(
     inputs = read_inputs(model, forget, retain, evaluation, method, observer)
     clock.lap("validating")
     job = open_job(model, inputs, method, observer)
-    attributed = attribute(job) if method.scope != "full" else None
-    selection = attributed.selection if attributed else ()
+    attributed = attribute(job) if method.selects_experts else None
     clock.lap("attributing")
-    targets = by_layer(selection)
-    trainable: Trainable = (
-        ExpertScope(job.view, targets, train_router=method.router == "train")
-        if method.scope != "full"
-        else WholeModelScope(job.view, read_index(model).tensors)
-    )
-    initial = snapshot(trainable)
-    winner = train(job, trainable, initial, targets, work)
+    found = search(job, attributed.candidates if attributed else ((),), work, _announcing(job, attributed))
     clock.lap("unlearning")
-    metrics = measure(job, trainable, targets, before=initial, after=winner.values)
+    metrics = measure(job, found)
     clock.lap("evaluating")
-    changed = trainable.disk_tensors()
+    changed = found.trainable.disk_tensors()
     manifest = None
     if out is not None:
         extra = {
             "method": method.model_dump(mode="json"),
-            "selection": [asdict(target) for target in selection],
+            "selection": [asdict(target) for target in found.selection],
         }
         manifest = write_checkpoint(model, out, changed, f"seuf {__version__}", extra, _publishing(observer))
     clock.lap("publishing")
     return UnlearnResult(
-        attribution=attributed.as_dict() if attributed else None,
-        selection=[asdict(target) for target in selection],
+        attribution=replace(attributed, selection=found.selection).as_dict() if attributed else None,
+        selection=[asdict(target) for target in found.selection],
         metrics=metrics,
-        chosen={"learning_rate": winner.learning_rate, **winner.best.as_dict()},
+        chosen={"learning_rate": found.rung.learning_rate, **found.rung.best.as_dict()},
         # By storage: a tied parameter is one, under however many names.
         parameters_changed=sum({tensor.data_ptr(): tensor.numel() for tensor in changed.values()}.values()),
         parameters_total=sum(parameter.numel() for parameter in job.view.model.parameters()),
@@ -158,6 +153,16 @@ def unlearn(
         manifest=manifest,
         seconds=clock.laps,
     )
+
+
+def _announcing(job: Job, attributed: Attributed | None) -> Callable[[Selection], None]:
+    """Which experts are trained, as an event; a scope without experts has nothing to say."""
+
+    def announce(selection: Selection) -> None:
+        if attributed is not None:
+            job.observer.event("selection", replace(attributed, selection=selection).chosen())
+
+    return announce
 
 
 def _publishing(observer: Observer) -> Callable[[int, int], None]:
@@ -212,34 +217,34 @@ def attribute(job: Job) -> Attributed:
         lambda done, total: job.observer.phase("attributing", done, total),
     )
 
-    def choose(half: Scored) -> list[tuple[int, int]]:
-        return [(target.layer, target.expert) for target in selections(half, method)[0]]
-
-    chosen = selections(scored, method)[0]
-    stable = stability(scored, view.num_experts_per_tok, choose)
-    covered = coverage(scored.forget, chosen)
-    attributed = Attributed(method.attribution, scored.matrix, view.layer_indices, stable, chosen, covered)
+    candidates = selections(scored, method)
+    attributed = Attributed(
+        method.attribution,
+        scored.matrix,
+        view.layer_indices,
+        stability(scored, view.num_experts_per_tok, lambda half: first_choice(half, method)),
+        candidates,
+        candidates[0],
+        scored.forget,
+    )
     job.observer.event("attribution", attributed.as_dict())
-    job.observer.event("selection", {"experts": [asdict(target) for target in chosen], "coverage": covered})
     return attributed
 
 
-def measure(
-    job: Job, trainable: Trainable, targets: dict[int, tuple[int, ...]], *, before: Values, after: Values
-) -> list[dict[str, Any]]:
+def measure(job: Job, found: Found) -> list[dict[str, Any]]:
     """Test figures, looked at once: before, after, and both with the target experts masked out of the routing
     (where every layer keeps enough other experts).
 
-    Leaves the model with the values of `after` merged in.
+    Leaves the model with the values of the best step merged in.
     """
-    probes = job.test_probes
+    probes, targets = job.test_probes, found.targets
     masks = (False, True) if targets and can_mask(job.view, targets) else (False,)
     stages = [(name, mask) for name in ("before", "after") for mask in masks]
     rows: list[dict[str, Any]] = []
     for done, (name, masked) in enumerate(stages):
         job.observer.phase("evaluating", done, len(stages))
-        assign(trainable, before if name == "before" else after)
-        trainable.merge()
+        assign(found.trainable, found.initial if name == "before" else found.rung.values)
+        found.trainable.merge()
         with experts_masked(job.view, targets if masked else {}):
             scored = summarise(probes, score_probes(job.view.model, probes))
         rows += [{"stage": f"{name}_masked" if masked else name, **row} for row in scored]

@@ -108,9 +108,14 @@ def test_groups_start_at_fields_and_miss_none() -> None:
 
 
 def test_the_ladder_is_tried_from_the_strongest_rate_down() -> None:
-    assert Method(learning_rate_ladder=(1e-4, 1e-2, 1e-3)).ladder == (1e-2, 1e-3, 1e-4)
-    assert Method(learning_rate=5e-4, learning_rate_ladder=(1e-2,)).ladder == (5e-4,)
-    ladders = [Method(scope=scope).ladder for scope in ("seuf", "random_expert", "full")]
+    assert Method(learning_rate_ladder=(1e-4, 1e-2, 1e-3)).rates(0.5) == (1e-2, 1e-3, 1e-4)
+    assert Method(learning_rate=5e-4, learning_rate_ladder=(1e-2,)).rates(0.5) == (5e-4,)
+    ladders = [Method(scope=scope).rates(1.0) for scope in ("seuf", "random_expert", "full")]
     assert ladders[0] == ladders[1] != ladders[2]
     assert len({len(ladder) for ladder in ladders}) == 1
     assert all(ladder == tuple(sorted(ladder, reverse=True)) for ladder in ladders)
+
+
+def test_rates_are_in_proportion_to_the_weights() -> None:
+    assert Method().rates(0.075) == (0.003, 0.001)
+    assert Method().rates(0.02) == (0.0008, 0.00027)

@@ -24,6 +24,7 @@ QUICK: dict[str, Any] = {
     "batch_size": 4,
     "evaluate_every": 2,
     "max_retain_drop": 1.0,
+    "experts": 3,
 }
 
 
@@ -144,7 +145,9 @@ def tied(folder: Path, *names: str) -> Path:
 MODELS: dict[str, Any] = {
     "fp32": lambda folder: tiny.write_model(folder, "qwen2_moe"),
     "bf16": lambda folder: tiny.write_model(folder, "qwen2_moe", dtype=torch.bfloat16),
-    "no pad token": lambda folder: tiny.write_model(folder, "qwen2_moe", pad_token_id=None, eos_token_id=[2, 5]),
+    "no pad token": lambda folder: tiny.write_model(
+        folder, "qwen2_moe", pad_token_id=None, eos_token_id=[2, 5]
+    ),
     "tied": lambda folder: tied(folder, "model.embed_tokens.weight"),
     "tied, held twice": lambda folder: tied(folder, "model.embed_tokens.weight", "lm_head.weight"),
     "tied, held as output": lambda folder: tied(folder, "lm_head.weight"),
@@ -153,7 +156,12 @@ MODELS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("kind", "scope"),
-    [("fp32", "seuf"), ("bf16", "seuf"), ("no pad token", "seuf"), *((k, "full") for k in MODELS if k != "fp32")],
+    [
+        ("fp32", "seuf"),
+        ("bf16", "seuf"),
+        ("no pad token", "seuf"),
+        *((k, "full") for k in MODELS if k != "fp32"),
+    ],
 )
 def test_the_checkpoint_loads_as_what_was_measured(
     kind: str, scope: str, sets: dict[str, Path], tmp_path: Path
@@ -203,18 +211,21 @@ def test_masked_figures_are_left_out_where_no_expert_would_be_left(
     assert {row["stage"] for row in result.metrics} == {"before", "after"}
 
 
+# One selection after another, as no run of a random model counts as having forgotten.
+GROWING: dict[str, Any] = {"experts": "auto", "coverage": 0.4, "max_experts": 3}
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 8])
 def test_a_cancelled_run_continues_to_bit_identical_weights(
     stop_after: int, sets: dict[str, Path], tmp_path: Path
 ) -> None:
     model = tiny.write_model(tmp_path / "model", "qwen2_moe")
-    ladder = {"learning_rate": "auto", "learning_rate_ladder": (1e-2, 2e-2)}
-    run(model, sets, tmp_path, "undisturbed", **ladder)
+    run(model, sets, tmp_path, "undisturbed", **GROWING)
     with pytest.raises(Cancelled):
-        run(model, sets, tmp_path, "resumed", observer=Recorder(stop_after), **ladder)
+        run(model, sets, tmp_path, "resumed", observer=Recorder(stop_after), **GROWING)
     assert not (tmp_path / "resumed").exists()
     recorder = Recorder()
-    run(model, sets, tmp_path, "resumed", observer=recorder, **ladder)
+    run(model, sets, tmp_path, "resumed", observer=recorder, **GROWING)
     steps = [data["step"] for kind, data in recorder.events if kind == "step"]
     assert len(steps) == 12 - stop_after, "the run began again instead of continuing"
     assert steps[0] == stop_after % 6 + 1
@@ -222,24 +233,97 @@ def test_a_cancelled_run_continues_to_bit_identical_weights(
     assert (tmp_path / "resumed" / "delta.safetensors").read_bytes() == delta
 
 
-def test_the_ladder_ends_where_it_has_forgotten_and_else_the_best_rung_wins(
+def rungs(recorder: Recorder) -> list[dict[str, Any]]:
+    return [data for kind, data in recorder.events if kind == "rung"]
+
+
+def test_a_weaker_rate_is_tried_where_a_stronger_one_breaks_the_bound(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.write_model(tmp_path / "model", "qwen2_moe")
 
-    def rungs(name: str) -> tuple[list[tuple[float, float]], float]:
-        """(score, rate) of each rung, and the rate that won; the model says nothing, so choice is the score."""
+    def ladder(name: str, bound: float) -> tuple[list[float], float]:
+        """The rates tried, and the one that won."""
         recorder = Recorder()
-        ladder = (1e-2, 1e-4)
-        result = run(model, sets, tmp_path, name, recorder, learning_rate="auto", learning_rate_ladder=ladder)
-        found = [(d["forget_choice"], d["learning_rate"]) for kind, d in recorder.events if kind == "rung"]
-        return found, result.chosen["learning_rate"]
+        rates = {"learning_rate": "auto", "learning_rate_ladder": (1e-4, 5e-2), "max_retain_drop": bound}
+        result = run(model, sets, tmp_path, name, recorder, **rates)
+        return [rung["learning_rate"] for rung in rungs(recorder)], result.chosen["learning_rate"]
 
-    both, won = rungs("both")
-    assert [rate for _, rate in both] == [1e-2, 1e-4]
-    assert won == min(both)[1] == 1e-2
-    monkeypatch.setattr("seuf_core.pipeline.FORGOTTEN", both[0][0])
-    assert rungs("one") == (both[:1], 1e-2)
+    # Within the bound from end to end: the weaker rate could only get less far.
+    assert ladder("wide", 1.0) == ([5e-2], 5e-2)
+    # The second of three looks is past the bound, the third is the best of all.
+    assert ladder("narrow", 1e-4) == ([5e-2, 1e-4], 5e-2)
+    # The same, where that is enough.
+    monkeypatch.setattr("seuf_core.search.FORGOTTEN", 1e-3)
+    assert ladder("enough", 1e-4) == ([5e-2], 5e-2)
+
+
+def test_the_weaker_rate_wins_where_no_step_of_the_stronger_is_within_the_bound(
+    sets: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    rates = {"learning_rate": "auto", "learning_rate_ladder": (1e-2, 1e-4), "max_retain_drop": 0.0}
+    recorder = Recorder()
+    result = run(model, sets, tmp_path, "out", recorder, **rates)
+    assert [rung["step"] for rung in rungs(recorder)] == [0, 6]
+    assert result.chosen["learning_rate"] == 1e-4
+
+
+def test_experts_are_added_while_too_little_is_forgotten(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    result = run(model, sets, tmp_path, "out", recorder, **GROWING)
+    tried = [[(t["layer"], t["expert"]) for t in rung["experts"]] for rung in rungs(recorder)]
+    assert [len(experts) for experts in tried] == [1, 3]
+    assert tried[0] == tried[1][:1]
+    # Both are within the bound; the larger set got further. It is what was measured, written and reported.
+    scores = [rung["forget_choice"] for rung in rungs(recorder)]
+    assert scores[1] < scores[0]
+    assert result.chosen["forget_choice"] == scores[1]
+    assert [(t["layer"], t["expert"]) for t in result.selection] == tried[1]
+    assert result.attribution["selection"] == result.selection
+    announced = [data for kind, data in recorder.events if kind == "selection"]
+    assert announced[-1]["experts"] == result.selection
+    assert announced[-1]["coverage"] == result.attribution["coverage"] > announced[0]["coverage"] >= 0.4
+    # Where the first set is enough, no second one is trained.
+    monkeypatch.setattr("seuf_core.search.FORGOTTEN", scores[0])
+    recorder = Recorder()
+    result = run(model, sets, tmp_path, "first", recorder, **GROWING)
+    assert [len(rung["experts"]) for rung in rungs(recorder)] == [len(result.selection)] == [1]
+
+
+def test_a_smaller_set_wins_where_more_experts_did_not_help(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    result = run(model, sets, tmp_path, "out", recorder, **{**GROWING, "max_experts": 6})
+    scores = [rung["forget_choice"] for rung in rungs(recorder)]
+    assert scores[-1] > min(scores), "the last set is the best, so this shows nothing"
+    winner = rungs(recorder)[scores.index(min(scores))]
+    assert result.selection == winner["experts"]
+    assert result.chosen["forget_choice"] == min(scores)
+
+
+def test_fixed_strength_takes_the_last_step_of_the_first_selection(
+    sets: dict[str, Path], tmp_path: Path
+) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    # A bound that no step keeps does not matter: nothing is chosen.
+    result = run(model, sets, tmp_path, "out", recorder, **GROWING, strength="fixed", max_retain_drop=0.0)
+    assert (len(rungs(recorder)), len(result.selection), result.chosen["step"]) == (1, 1, 6)
+    last = [data for kind, data in recorder.events if kind == "look"][-1]
+    assert result.chosen["forget_choice"] == last["forget_choice"]
+
+
+def test_fixed_strength_that_breaks_the_model_is_an_error(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe", dtype=torch.float16)
+    fields = {"objective": "gradient_ascent", "scope": "full", "learning_rate": 1.0, "steps": 12}
+    with pytest.raises(MethodError) as caught:
+        run(model, sets, tmp_path, "out", **fields, strength="fixed")
+    assert caught.value.code == "diverged"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("retain_loss", ["none", "cross_entropy"])
@@ -327,7 +411,7 @@ def test_other_experts_are_trained_from_the_beginning(
     with pytest.raises(Cancelled):
         run(model, sets, tmp_path, "out", Recorder(3))
     others = (SelectedExpert(1, 0, 0.5), SelectedExpert(2, 1, 0.4))
-    monkeypatch.setattr("seuf_core.pipeline.select", lambda *_, **__: others)
+    monkeypatch.setattr("seuf_core.pipeline.selections", lambda *_, **__: (others,))
     recorder = Recorder()
     run(model, sets, tmp_path, "out", recorder)
     assert [d["step"] for kind, d in recorder.events if kind == "step"][:1] == [1]

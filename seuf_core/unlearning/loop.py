@@ -31,6 +31,10 @@ class RungResult:
     best: Look
     values: Values
 
+    def within(self, max_retain_drop: float) -> bool:
+        """Whether every look was within the bound."""
+        return all(look.within(max_retain_drop) for look in self.looks)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,6 +43,7 @@ class Run:
     sizes: number of forget and retain training examples. base: selection figures before training.
     evaluate: selection figures of the model with the parameters attached.
     fingerprint: names inputs and method; a training checkpoint of another fingerprint is ignored.
+    runs: how many rungs the job has at most, for progress.
     """
 
     method: Method
@@ -50,6 +55,7 @@ class Run:
     sizes: tuple[int, int]
     work: Path
     fingerprint: str
+    runs: int
     observer: Observer
 
 
@@ -97,6 +103,8 @@ def _start(run: Run) -> TrainingState:
 
 
 def _best(looks: tuple[Look, ...], method: Method) -> Look:
+    if method.strength == "fixed":
+        return looks[-1]
     chosen = best(looks, method.max_retain_drop)
     return chosen if chosen is not None else looks[0]
 
@@ -120,18 +128,20 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None
 def _diverged(run: Run, rung: int, learning_rate: float, state: TrainingState) -> None:
     """End a rung whose model no longer gives numbers; its best look so far stands."""
     state.finished = True
-    run.observer.phase("unlearning", *_progress(run.method, rung, state.step))
-    message = f"At learning rate {learning_rate:g} the model gives no finite numbers from step {state.step} on."
+    run.observer.phase("unlearning", *_progress(run, rung, state.step))
+    message = (
+        f"At learning rate {learning_rate:g} the model gives no finite numbers from step {state.step} on."
+    )
     run.observer.event("warning", {"code": "diverged", "message": message, "rung": rung, "step": state.step})
 
 
-def _progress(method: Method, rung: int, step: int) -> tuple[int, int]:
-    return rung * method.steps + step, len(method.ladder) * method.steps
+def _progress(run: Run, rung: int, step: int) -> tuple[int, int]:
+    return rung * run.method.steps + step, run.runs * run.method.steps
 
 
 def _report(run: Run, rung: int, learning_rate: float, step: int, terms: Terms) -> None:
     method = run.method
-    run.observer.phase("unlearning", *_progress(method, rung, step))
+    run.observer.phase("unlearning", *_progress(run, rung, step))
     run.observer.event(
         "step",
         {
@@ -159,7 +169,8 @@ def _look(run: Run, rung: int, learning_rate: float, state: TrainingState) -> No
         state.best_values = snapshot(run.trainable)
     collapsed = _collapsed(look, run.method)
     gone = is_best and quality.fell_to(GONE, run.base)
-    state.finished = collapsed or gone or state.step >= run.method.steps
+    searching = run.method.strength == "auto"
+    state.finished = (searching and (collapsed or gone)) or state.step >= run.method.steps
     shown: dict[str, Any] = {"rung": rung, "best": is_best, "collapsed": collapsed, **look.as_dict()}
     run.observer.event("look", shown)
 

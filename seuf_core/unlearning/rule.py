@@ -16,7 +16,7 @@ from seuf_core.evaluate.probes import EncodedProbe, ProbeScore
 
 # Forget scores (recognised above chance, plus said) at which a run has nothing left to gain, and at which a ladder
 # has: the next, weaker rate could win little.
-GONE, FORGOTTEN = 0.02, 0.1
+GONE, FORGOTTEN = 0.02, 0.05
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class Look:
     quality: Quality
     retain_drop: float
 
+    def within(self, max_retain_drop: float) -> bool:
+        """Whether the retain drop is within the bound."""
+        return round(self.retain_drop, 9) <= max_retain_drop
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for events and training checkpoints."""
         return {"step": self.step, "retain_drop": self.retain_drop, **asdict(self.quality)}
@@ -96,5 +100,5 @@ def order(look: Look) -> tuple[float, float, int]:
 
 def best(looks: Iterable[Look], max_retain_drop: float) -> Look | None:
     """The chosen look, or None when none is within the bound (step 0 always is)."""
-    allowed = [look for look in looks if round(look.retain_drop, 9) <= max_retain_drop]
+    allowed = [look for look in looks if look.within(max_retain_drop)]
     return min(allowed, key=order, default=None)

@@ -84,6 +84,7 @@ def make_run(
         evaluate=evaluate,
         base=BASE,
         sizes=(len(FORGET), len(RETAIN)),
+        runs=1,
         work=tmp_path,
         fingerprint="one",
         observer=observer or Recorder(),

@@ -1,0 +1,140 @@
+"""How many experts and how strong: the search behind `experts: auto` and `strength: auto`.
+
+Outer: selections that grow, the smallest first. Inner: learning rates, the strongest first. Every run starts from
+the base weights and is judged on the selection part by the rule that is fixed before (unlearning.rule); the
+search ends with the first run that has forgotten enough, and the best step of all runs wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from seuf_core.attribution.selection import Selection, by_layer
+from seuf_core.checkpoint.index import read_index
+from seuf_core.errors import MethodError
+from seuf_core.evaluate.probes import score_probes
+from seuf_core.job import Job
+from seuf_core.method import Method
+from seuf_core.unlearning.loop import Run, RungResult, train_rung
+from seuf_core.unlearning.objectives import build_objective
+from seuf_core.unlearning.rule import FORGOTTEN, Quality, order, quality_of
+from seuf_core.unlearning.scopes import Trainable, Values, build_trainable, snapshot
+
+
+@dataclass(frozen=True)
+class Found:
+    """The winner: what was trained, from which values, and the run whose best step is the result."""
+
+    selection: Selection
+    trainable: Trainable
+    initial: Values
+    rung: RungResult
+
+    @property
+    def targets(self) -> dict[int, tuple[int, ...]]:
+        """Decoder layer -> trained experts."""
+        return by_layer(self.selection)
+
+
+def search(
+    job: Job, candidates: Sequence[Selection], work: Path, announce: Callable[[Selection], None]
+) -> Found:
+    """Train the candidates in turn until one has forgotten; the best step by the rule wins.
+
+    Args:
+        candidates: selections that grow, `((),)` for a scope without experts. `strength: fixed` takes the first.
+        work: folder for the training checkpoints of every run.
+        announce: hears which selection is trained next, and at the end which one was best.
+
+    Raises:
+        MethodError: `nothing_forgotten`, when the base itself is the best that the bound allows;
+            see `build_trainable` and `build_objective` for what a method may lack.
+    """
+    candidates = candidates if job.method.strength == "auto" else candidates[:1]
+    runs = len(candidates) * job.method.rungs
+    best: Found | None = None
+    for place, selection in enumerate(candidates):
+        announce(selection)
+        found = _attempt(job, selection, work, place * job.method.rungs, runs)
+        if best is None or order(found.rung.best) < order(best.rung.best):
+            best = found
+        if _has_forgotten(found.rung):
+            break
+    assert best is not None  # there is at least one candidate
+    announce(best.selection)
+    if best.rung.best.step == 0:
+        raise MethodError(
+            "nothing_forgotten",
+            f"No step of {runs} run(s) forgot anything within max_retain_drop {job.method.max_retain_drop}.",
+            "Raise max_retain_drop or steps, give other learning rates, or train more experts.",
+            "/method",
+        )
+    return best
+
+
+def _attempt(job: Job, selection: Selection, work: Path, first: int, runs: int) -> Found:
+    """One selection at every rate that may still help; its best run."""
+    method, targets = job.method, by_layer(selection)
+    on_disk = read_index(job.folder).tensors
+    trainable = build_trainable(
+        job.view, method, targets, on_disk=on_disk, retain=job.data.retain, observer=job.observer
+    )
+    initial = snapshot(trainable)
+    probes = job.selection_probes
+
+    def evaluate() -> Quality:
+        return quality_of(probes, score_probes(job.view.model, probes))
+
+    run = Run(
+        method=method,
+        trainable=trainable,
+        initial=initial,
+        objective=build_objective(job.view, method, job.data, targets),
+        evaluate=evaluate,
+        base=evaluate(),
+        sizes=(len(job.data.forget), len(job.data.retain) if method.retain_loss != "none" else 0),
+        work=work,
+        # On another machine a near tie may select other experts: their training is not this one's.
+        fingerprint=f"{job.inputs.fingerprint}/{sorted(targets.items())}",
+        runs=runs,
+        observer=job.observer,
+    )
+    rungs: list[RungResult] = []
+    for rung, learning_rate in enumerate(method.rates(rms(initial)), start=first):
+        rungs.append(train_rung(run, rung, learning_rate))
+        shown = {"rung": rung, "learning_rate": learning_rate, "experts": [asdict(t) for t in selection]}
+        job.observer.event("rung", {**shown, **rungs[-1].best.as_dict()})
+        _refuse_unfinished(method, rungs[-1])
+        # Within the bound from end to end and still not forgotten: a weaker rate would only get less far.
+        if _has_forgotten(rungs[-1]) or rungs[-1].within(method.max_retain_drop):
+            break
+    return Found(selection, trainable, initial, min(rungs, key=lambda result: order(result.best)))
+
+
+def _refuse_unfinished(method: Method, rung: RungResult) -> None:
+    """A run of fixed strength that could not reach its last step has no result."""
+    if method.strength == "fixed" and rung.looks[-1].step < method.steps:
+        raise MethodError(
+            "diverged",
+            f"At learning rate {rung.learning_rate:g} the model gives no finite numbers before step {method.steps}.",
+            "Give a smaller learning_rate or fewer steps, or use strength auto.",
+            "/method/learning_rate",
+        )
+
+
+def _has_forgotten(rung: RungResult) -> bool:
+    return rung.best.quality.fell_to(FORGOTTEN, rung.looks[0].quality)
+
+
+def rms(values: Values) -> float:
+    """Root mean square of all weights that are trained, leaving out those that begin at 0 (LoRA's second half)."""
+    squares, count = torch.zeros((), dtype=torch.float64), 0
+    for value in values.values():
+        if bool(value.any()):
+            squares += value.double().square().sum().cpu()
+            count += value.numel()
+    return float((squares / max(count, 1)).sqrt())
