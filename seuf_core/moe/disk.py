@@ -40,7 +40,8 @@ def router_tensors(view: MoEView, layers: Iterable[int]) -> dict[str, torch.Tens
 
 
 def all_tensors(view: MoEView, on_disk: Container[str] | None = None) -> dict[str, torch.Tensor]:
-    """Every parameter of the model under its disk name. Buffers, which no training moves, are not in it.
+    """Every parameter of the model under its disk name: views, not copies. Buffers, which no training moves, are
+    not in it.
 
     Names that transformers changed while loading are changed back by its own reversal of what it did.
 
@@ -50,7 +51,7 @@ def all_tensors(view: MoEView, on_disk: Container[str] | None = None) -> dict[st
             under its first name only.
     """
     experts: dict[str, torch.Tensor] = {}
-    split: set[int] = set()  # the experts that have tensors of their own on disk
+    split: set[int] = set()  # what is cut into experts here, because transformers' own reversal copies it
     if not view.family.fused:
         for layer in view.layers:
             experts |= expert_tensors(view, layer.index, range(view.num_experts))

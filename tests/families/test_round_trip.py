@@ -90,6 +90,8 @@ def test_whole_model(family: str, tmp_path: Path) -> None:
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
     assert set(on_disk) - set(changed) == set(revert_weight_conversion(model, buffers))
     assert set(changed) <= set(on_disk)
+    memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert {tensor.untyped_storage().data_ptr() for tensor in changed.values()} <= memory, "a copy"
     write_checkpoint(base, tmp_path / "out", changed, "test")
     assert_loads_as(tmp_path / "out", model)
     fresh = all_tensors(moe_view(tiny.build_model(family)), on_disk)  # never loaded, so nothing to reverse
