@@ -13,49 +13,51 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from seuf_core.method import LADDERS, PRESETS, Method
+from seuf_core.method import GROUPS, PRESETS, RELATIVE_RATES, Method
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "method.md"
+ABOUT = """# The fields of a method
+
+Made by `python scripts/method_reference.py` from `seuf_core.method`; what they do stands in
+[the method](../explanation/method.md), which to take in [Choose a method](../how-to/choose-a-method.md). The same
+fields are the `method` of `POST /jobs`, the arguments of `seuf_core.Method`, and options of `seuf run`, `seuf submit`
+and `seuf attribute`, there with dashes: `--npo-beta 0.2`. A field that is not given has its default, unless the
+preset sets it or it follows another field."""
 
 
 def page() -> str:
     """The whole page."""
     schema = Method.model_json_schema()
-    rows = [row(name, field, schema) for name, field in schema["properties"].items()]
-    presets = [
-        f"| `{name}` | {', '.join(f'`{k}: {v}`' for k, v in fields.items()) or 'the defaults above'} |"
-        for name, fields in PRESETS.items()
+    lines = [ABOUT]
+    for name, field in schema["properties"].items():
+        if name in GROUPS:
+            lines += [
+                "",
+                f"## {GROUPS[name]}",
+                "",
+                "| field | values | default | meaning |",
+                "|---|---|---|---|",
+            ]
+        lines.append(row(name, field, schema))
+    lines += ["", "## Presets", "", "| preset | sets |", "|---|---|"]
+    for name, fields in PRESETS.items():
+        lines.append(
+            f"| `{name}` | {', '.join(f'`{k}: {v}`' for k, v in fields.items()) or 'the defaults above'} |"
+        )
+    lines += [
+        "",
+        "## Rates of learning_rate: auto",
+        "",
+        "Times the root mean square of the trained weights, in the order tried.",
+        "",
+        "| scope | rates |",
+        "|---|---|",
     ]
-    ladders = [
-        f"| `{name}` | {', '.join(f'{rate:g}' for rate in rates)} |" for name, rates in LADDERS.items()
-    ]
-    return "\n".join(
-        [
-            "# The fields of a method",
-            "",
-            "Made by `python scripts/method_reference.py` from `seuf_core.method`; what they do stands in",
-            "[the method](../explanation/method.md). The same fields are the `method` of `POST /jobs`, the",
-            "arguments of `seuf_core.Method` and `--set name=value` of `seuf run` and `seuf submit`. A field that",
-            "is not given has its default, unless the preset sets it.",
-            "",
-            "| field | values | default | meaning |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "## Presets",
-            "",
-            "| preset | sets |",
-            "|---|---|",
-            *presets,
-            "",
-            "## Ladders of learning_rate: auto",
-            "",
-            "| scope | rates, in the order tried |",
-            "|---|---|",
-            *ladders,
-            "",
-        ]
-    )
+    for name, rates in RELATIVE_RATES.items():
+        lines.append(
+            f"| {'`full`' if name == 'full' else 'others'} | {', '.join(f'{rate:g}' for rate in rates)} |"
+        )
+    return "\n".join([*lines, ""])
 
 
 def row(name: str, field: dict[str, Any], schema: dict[str, Any]) -> str:
@@ -63,8 +65,9 @@ def row(name: str, field: dict[str, Any], schema: dict[str, Any]) -> str:
     value = Method.model_fields[name].get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         value = " / ".join(str(part) for part in value.model_dump().values())
-    default = f"`{json.dumps(value)}`".replace('"', "")
-    return f"| `{name}` | {values(field, schema)} | {default} | {field.get('description', '')} |"
+    default = value if isinstance(value, str) else json.dumps(value)
+    meaning = field.get("description", "").replace("|", "\\|")  # a bar would end the cell
+    return f"| `{name}` | {values(field, schema)} | `{default}` | {meaning} |"
 
 
 def values(field: dict[str, Any], schema: dict[str, Any]) -> str:
@@ -78,10 +81,15 @@ def values(field: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in field:
         parts = schema["$defs"][field["$ref"].rsplit("/", 1)[1]]["properties"]
         return "shares " + ", ".join(f"`{part}`" for part in parts)
+    if field.get("type") == "array":
+        least, most = field.get("minItems", 0), field.get("maxItems", "any number")
+        return f"{least} to {most} of {values(field['items'], schema)}"
+    if field.get("type") == "string":
+        return f"text of {field.get('minLength', 0)} to {field['maxLength']} characters"
     low = field.get("minimum", field.get("exclusiveMinimum"))
     high = field.get("maximum", field.get("exclusiveMaximum"))
-    bounds = "" if low is None else f" {'>' if 'exclusiveMinimum' in field else '>='} {low:g}"
-    bounds += "" if high is None else f", {'<' if 'exclusiveMaximum' in field else '<='} {high:g}"
+    bounds = "" if low is None else f" {'>' if 'exclusiveMinimum' in field else '>='} {low:.10g}"
+    bounds += "" if high is None else f", {'<' if 'exclusiveMaximum' in field else '<='} {high:.10g}"
     return f"{field.get('type', '')}{bounds}"
 
 
