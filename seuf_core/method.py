@@ -77,7 +77,7 @@ GROUPS: Final[dict[str, str]] = {
 _WITHOUT_RETAIN: Final[dict[str, str]] = {
     "retain_loss": "none",
     "attribution": "affinity",
-    "router": "freeze",
+    "router": "train",
 }
 
 
@@ -330,7 +330,8 @@ class Method(BaseModel):
             return
         fields = self.retain_needed_by
         needs = " and ".join(f"{field} {getattr(self, field)}" for field in fields)
-        without = ", ".join(f"{field} {_WITHOUT_RETAIN[field]}" for field in fields)
+        ways_out = [f"{field} {_WITHOUT_RETAIN[field]}" for field in fields]
+        without = " and ".join([*(["objective npo"] if self.objective == "pdu" else []), *ways_out])
         raise MethodError(
             "retain_set_required",
             f"The job has no retain set, which {needs} cannot do without.",

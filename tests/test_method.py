@@ -44,17 +44,25 @@ def test_who_needs_a_retain_set(method: Method, needs: bool) -> None:
     assert method.needs_retain == needs
 
 
-def test_a_retain_set_that_is_missing_is_asked_for_with_every_way_out() -> None:
-    method = Method(router="project")
+@pytest.mark.parametrize(
+    ("given", "needs"),
+    [
+        ({}, "retain_loss cross_entropy and attribution contrast"),
+        ({"router": "project"}, "retain_loss cross_entropy and attribution contrast and router project"),
+        ({"scope": "router_only", "router": "project"}, "router project"),
+        ({"objective": "pdu", "scope": "full"}, "retain_loss cross_entropy"),
+        ({"objective": "rmu", "scope": "esft"}, "retain_loss hidden_mse"),
+    ],
+)
+def test_a_retain_set_that_is_missing_is_asked_for_with_a_way_out(given: dict[str, str], needs: str) -> None:
+    method = Method.model_validate(given)
     method.check_retain(given=True)
     with pytest.raises(MethodError) as refused:
         method.check_retain(given=False)
-    assert "retain_loss cross_entropy and attribution contrast and router project" in refused.value.message
+    assert needs in refused.value.message
     assert refused.value.fix is not None
-    ways_out = dict(
-        pair.split() for pair in refused.value.fix.removesuffix(".").split(" use ")[1].split(", ")
-    )
-    Method(**ways_out).check_retain(given=False)
+    ways_out = refused.value.fix.removeprefix("Give one, or use ").removesuffix(".").split(" and ")
+    Method.model_validate(given | dict(way.split() for way in ways_out)).check_retain(given=False)
 
 
 @pytest.mark.parametrize("name", CHOICES)
