@@ -22,7 +22,7 @@ Score = Literal["softmax", "sigmoid"]
 
 # config.json names of E and of K, first present wins: transformers 5 renames some of them on saving.
 _NUM_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_NUM_EXPERTS_PER_TOK: Final = ("num_experts_per_tok", "moe_topk", "moe_k")
+_NUM_EXPERTS_PER_TOK: Final = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 
 
 class ExpertNames(NamedTuple):
@@ -163,6 +163,7 @@ FAMILIES: Final[dict[str, Family]] = {
     for family in (
         Family("afmoe", "Trinity-Mini", router="router.gate.weight", score="sigmoid"),
         Family("axk1", "A.X-K1", score="sigmoid"),
+        Family("bailing_hybrid", "Ling-3.0-Flash", score="sigmoid"),
         Family("beam", "Beam-1.0-501B-A23B", score="sigmoid"),
         Family("cohere2_moe", "command-a-plus-05-2026", score="expert_selection_fn"),
         # The files carry norm_topk_prob, but transformers' DeepSeek-V2 never renormalises; it scales the gates by
@@ -199,6 +200,7 @@ FAMILIES: Final[dict[str, Family]] = {
         Family("hunyuan_v1_moe", "Hunyuan-A13B", router="gate.wg.weight"),
         Family("hy_v3", "Hy3-preview", router="router.gate.weight", score="sigmoid"),
         Family("jamba", "Jamba-v0.1, AI21-Jamba-Mini", block="feed_forward", router="router.weight"),
+        Family("kimi_linear", "Kimi-Linear-48B-A3B", block="block_sparse_moe", expert=_W, score="sigmoid"),
         Family("kolibri1", "Kolibri-1", score="sigmoid"),
         Family("lfm2_moe", "LFM2-8B-A1B", block="feed_forward", expert=_W, score="sigmoid"),
         Family("mellum", "Mellum2-12B-A2.5B"),

@@ -45,6 +45,7 @@ def test_names_of_one_expert():
         ("n_routed_experts", "num_experts_per_tok"),
         ("moe_num_experts", "moe_k"),
         ("num_experts", "moe_topk"),
+        ("num_experts", "num_experts_per_token"),
     ],
 )
 def test_counts_under_the_names_of_each_family(key, per_token):

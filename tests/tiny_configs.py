@@ -44,12 +44,13 @@ _LATENT = {  # multi-head latent attention
 }
 _LATENT_RANK = {**_LATENT, "q_lora_rank": 16}
 _INDEXER = {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}  # attention to the best tokens only
+_HYBRID = ["linear_attention", "full_attention", "linear_attention"]
 _DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "layer_types": _HYBRID,
 }
 _MAMBA = {
     "mamba_d_state": 8,
@@ -148,7 +149,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **_LOCAL,
             "intermediate_size": 16,
             "block_size": 4,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "layer_types": _HYBRID,
         },
     ),
     "minimax_m2": ("MiniMaxM2Config", {**_LOCAL, "intermediate_size": 16, "head_dim": 8}),
@@ -226,6 +227,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_MLP, **_TOP2, "head_dim": 8, "num_shared_experts": 1, "mlp_layer_types": _DENSE_THEN_SPARSE},
     ),
     "kolibri1": ("Kolibri1Config", {**_MLP, **_TOP2, "head_dim": 8, "shared_expert_intermediate_size": 24}),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        {
+            **_MLP, **_LOCAL, **_GROUPS, **_LATENT_RANK,
+            "head_dim": 8, "first_k_dense_replace": 1, "layer_types": _HYBRID,
+        },
+    ),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {
+            **_MLP, **_TOP2, **_LATENT,
+            "linear_head_dim": 8, "linear_num_heads": 4, "layer_types": _HYBRID,
+        },
+    ),
     "llama": ("LlamaConfig", {"intermediate_size": 48}),
     "qwen2": ("Qwen2Config", {"intermediate_size": 48}),
 }  # fmt: skip

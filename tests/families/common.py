@@ -61,9 +61,9 @@ def watched(view: MoEView) -> dict[int, dict[str, torch.Tensor]]:
 
 # By hand, beside the rows: what the model's paper or code calls the score of an expert.
 SIGMOID = {
-    "afmoe", "axk1", "beam", "cohere2_moe", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe", "flint",
-    "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "kolibri1", "lfm2_moe", "mimo_v2_flash", "minimax_m2",
-    "solar_open",
+    "afmoe", "axk1", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe",
+    "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "kimi_linear", "kolibri1", "lfm2_moe",
+    "mimo_v2_flash", "minimax_m2", "solar_open",
 }  # fmt: skip
 
 
