@@ -20,6 +20,7 @@ from seuf_core.attribution.scores import score_experts
 from seuf_core.attribution.selection import Selection, coverage, first_choice, selections
 from seuf_core.attribution.stability import Stability, stability
 from seuf_core.attribution.statistics import RoutingStatistics
+from seuf_core.checkpoint.index import read_index
 from seuf_core.checkpoint.manifest import Manifest
 from seuf_core.checkpoint.writer import write_checkpoint
 from seuf_core.errors import Cancelled, WriteError
@@ -27,6 +28,7 @@ from seuf_core.evaluate.probes import score_probes, summarise
 from seuf_core.inputs import read_inputs
 from seuf_core.job import Job, open_job
 from seuf_core.method import Method
+from seuf_core.moe.disk import round_to_disk
 from seuf_core.moe.routing import can_mask, experts_masked
 from seuf_core.observer import Observer, Silent
 from seuf_core.search import Found, search
@@ -235,16 +237,18 @@ def measure(job: Job, found: Found) -> list[dict[str, Any]]:
     """Test figures, looked at once: before, after, and both with the target experts masked out of the routing
     (where every layer keeps enough other experts).
 
-    Leaves the model with the values of the best step merged in.
+    Leaves the model with the values of the best step merged in, rounded to what the files can hold.
     """
     probes, targets = job.test_probes, found.targets
     masks = (False, True) if targets and can_mask(job.view, targets) else (False,)
     stages = [(name, mask) for name in ("before", "after") for mask in masks]
     rows: list[dict[str, Any]] = []
+    index = read_index(job.folder)
     for done, (name, masked) in enumerate(stages):
         job.observer.phase("evaluating", done, len(stages))
         assign(found.trainable, found.initial if name == "before" else found.rung.values)
         found.trainable.merge()
+        round_to_disk(found.trainable.disk_tensors(), index)
         with experts_masked(job.view, targets if masked else {}):
             scored = summarise(probes, score_probes(job.view.model, probes))
         rows += [{"stage": f"{name}_masked" if masked else name, **row} for row in scored]

@@ -1,14 +1,15 @@
 """How many experts and how strong: the search behind `experts: auto` and `strength: auto`.
 
 Outer: selections that grow, the smallest first. Inner: learning rates, the strongest first. Every run starts from
-the base weights and is judged on the selection part by the rule that is fixed before (unlearning.rule); the
-search ends with the first run that has forgotten enough, and the best step of all runs wins.
+the base weights and is judged on the selection part by the rule that is fixed before (unlearning.rule). A run that
+went past the bound is eased: less of its change is kept. The search ends with the first run that has forgotten
+enough, and the best of all wins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,11 @@ from seuf_core.job import Job
 from seuf_core.method import Method
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import build_objective
-from seuf_core.unlearning.rule import FORGOTTEN, Quality, order, quality_of
-from seuf_core.unlearning.scopes import Trainable, Values, build_trainable, snapshot
+from seuf_core.unlearning.rule import FORGOTTEN, Look, Quality, order, quality_of
+from seuf_core.unlearning.scopes import Trainable, Values, assign, build_trainable, snapshot
+
+# Shares of a change that are tried where all of it is past the bound, the largest first.
+EASED_SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def _attempt(job: Job, selection: Selection, work: Path, first: int, runs: int) 
     )
     rungs: list[RungResult] = []
     for rung, learning_rate in enumerate(method.rates(rms(initial)), start=first):
-        rungs.append(train_rung(run, rung, learning_rate))
+        rungs.append(ease(run, rung, train_rung(run, rung, learning_rate)))
         shown = {"rung": rung, "learning_rate": learning_rate, "experts": [asdict(t) for t in selection]}
         job.observer.event("rung", {**shown, **rungs[-1].best.as_dict()})
         _refuse_unfinished(method, rungs[-1])
@@ -124,6 +128,35 @@ def _refuse_unfinished(method: Method, rung: RungResult) -> None:
             "Give a smaller learning_rate or fewer steps, or use strength auto.",
             "/method/learning_rate",
         )
+
+
+def ease(run: Run, rung: int, result: RungResult) -> RungResult:
+    """The run with as much of its change as the bound allows, where that is better than its best step.
+
+    Training passes the bound in a few steps and does not come back to it, while what it learnt to forget grows on.
+    On the straight line from the base to the last step, forgetting outlasts the damage (docs/explanation/method.md).
+    Mixing base and trained weights until the retain quality is back is the calibration of arXiv 2406.09179.
+    """
+    bound = run.method.max_retain_drop
+    if run.method.strength == "fixed" or _has_forgotten(result) or result.within(bound):
+        return result
+    for share in EASED_SHARES:
+        values = {
+            name: torch.lerp(run.initial[name], last.to(run.initial[name]), share)
+            for name, last in result.last.items()
+        }
+        assign(run.trainable, values)
+        with run.trainable.attached():
+            quality = run.evaluate()
+        look = Look(result.looks[-1].step, quality, quality.retain_drop(run.base), share)
+        better = quality.finite and look.within(bound) and order(look) < order(result.best)
+        shown = {"rung": rung, "best": better, "collapsed": False, **look.as_dict()}
+        run.observer.event("look", shown)
+        if better:
+            return replace(result, best=look, values=values)
+        if quality.finite and look.within(bound):
+            break
+    return result
 
 
 def _has_forgotten(rung: RungResult) -> bool:

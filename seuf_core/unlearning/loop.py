@@ -24,12 +24,16 @@ COLLAPSE_FACTOR, COLLAPSE_DROP = 5.0, 0.15
 
 @dataclass(frozen=True)
 class RungResult:
-    """One learning rate tried: all looks, the best within the bound (step 0 if nothing else) and its values."""
+    """One learning rate tried: all looks, the best within the bound (step 0 if nothing else) and its values.
+
+    last: the values after the last step, within the bound or not.
+    """
 
     learning_rate: float
     looks: tuple[Look, ...]
     best: Look
     values: Values
+    last: Values
 
     def within(self, max_retain_drop: float) -> bool:
         """Whether every look was within the bound."""
@@ -94,7 +98,7 @@ def train_rung(run: Run, rung: int, learning_rate: float) -> RungResult:
             if cancelled and not state.finished:
                 raise Cancelled
     looks = tuple(Look.from_dict(fields) for fields in state.looks)
-    return RungResult(learning_rate, looks, _best(looks, run.method), state.best_values)
+    return RungResult(learning_rate, looks, _best(looks, run.method), state.best_values, state.values)
 
 
 def _start(run: Run) -> TrainingState:

@@ -53,11 +53,15 @@ class Quality:
 
 @dataclass(frozen=True)
 class Look:
-    """One evaluation during training: the step it was made after (0 = before training) and what it showed."""
+    """One evaluation: the step it was made after (0 = before training) and what it showed.
+
+    share: how much of the change since the base was kept in what was evaluated; 1 but in a run that was eased.
+    """
 
     step: int
     quality: Quality
     retain_drop: float
+    share: float = 1.0
 
     def within(self, max_retain_drop: float) -> bool:
         """Whether the retain drop is within the bound."""
@@ -65,13 +69,14 @@ class Look:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for events and training checkpoints."""
-        return {"step": self.step, "retain_drop": self.retain_drop, **asdict(self.quality)}
+        own = {"step": self.step, "retain_drop": self.retain_drop, "share": self.share}
+        return own | asdict(self.quality)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Look:
         """The inverse of `as_dict`."""
-        rest = {k: v for k, v in fields.items() if k not in ("step", "retain_drop")}
-        return cls(fields["step"], Quality(**rest), fields["retain_drop"])
+        rest = {name: value for name, value in fields.items() if name not in ("step", "retain_drop", "share")}
+        return cls(fields["step"], Quality(**rest), fields["retain_drop"], fields["share"])
 
 
 def quality_of(probes: Sequence[EncodedProbe], scores: Sequence[ProbeScore]) -> Quality:
