@@ -48,6 +48,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "experts": 1,
         "router": "train",
         "objective": "gradient_difference",
+        "retain_loss": "cross_entropy",
+        "retain_weight": 1.0,
     },
 }
 # What a scope settles by itself. A field that is given stays; the checks below say whether it can.
@@ -58,7 +60,7 @@ _SCOPE_SETTLES: Final[dict[str, dict[str, Any]]] = {
     "router_only": {"router": "train"},
     "lora": {"router": "freeze"},
 }
-# The objectives whose retain term is not cross-entropy unless it is given.
+# The objectives whose retain term, unless it is given, is another than the preset's.
 _RETAIN_LOSS_OF: Final[dict[str, RetainLoss]] = {
     "gradient_ascent": "none",
     "rmu": "hidden_mse",
@@ -147,7 +149,10 @@ class Method(BaseModel):
         le=1,
         description="With experts = auto: share of forget answer tokens the chosen experts must see at first.",
     )
-    max_experts: int = Field(12, ge=1, le=4096, description="With experts = auto: never more than this many.")
+    max_experts: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
+        "auto",
+        description="With experts = auto: never more than this many; `auto` = half of the model's routed experts.",
+    )
     spread: Spread = Field(
         "one_per_layer",
         description="Where several experts lie: `one_per_layer` = the best of each layer before the second best of "
@@ -184,18 +189,18 @@ class Method(BaseModel):
         "expert's router row must not see change; 1 = the exact null space of GRIP.",
     )
     # Losses
-    objective: Objective = Field("npo", description="The forget term.")
+    objective: Objective = Field("gradient_difference", description="The forget term.")
     retain_loss: RetainLoss = Field(
-        "cross_entropy", description="The retain term; when it is not given it follows the objective."
+        "kl", description="The retain term; when it is not given it follows preset and objective."
     )
-    retain_weight: float = Field(1.0, ge=0, le=1e4, description="Weight of the retain term (lambda).")
+    retain_weight: float = Field(3.0, ge=0, le=1e4, description="Weight of the retain term (lambda).")
     npo_beta: float = Field(0.1, gt=0, le=100, description="Inverse temperature of NPO (b).")
     simnpo_beta: float = Field(2.5, gt=0, le=100, description="Inverse temperature of SimNPO (b).")
     simnpo_margin: float = Field(0.0, ge=-100, le=100, description="SimNPO's margin (d), nats a token.")
     rmu_coefficient: Literal["auto"] | Annotated[float, Field(gt=0, le=1e6)] = Field(
         "auto",
-        description="Length of RMU's random target vector (c), in units of the hidden state; `auto` = five times "
-        "the mean norm of the forget hidden states, as adaptive RMU has it.",
+        description="Length of RMU's random target vector (c), in units of the hidden state; `auto` = "
+        "`adaptive_rmu_scale` times the mean norm of the forget hidden states.",
     )
     adaptive_rmu_scale: float = Field(
         5.0,
@@ -284,7 +289,8 @@ class Method(BaseModel):
         filled = {**PRESETS.get(_word(given, "preset", "default"), {}), **given}
         settled = dict(_SCOPE_SETTLES.get(_word(filled, "scope", "seuf"), {}))
         if "retain_loss" not in given:
-            settled["retain_loss"] = _RETAIN_LOSS_OF.get(_word(filled, "objective", "npo"), "cross_entropy")
+            objective = _word(filled, "objective", "gradient_difference")
+            settled["retain_loss"] = _RETAIN_LOSS_OF.get(objective, filled.get("retain_loss", "kl"))
         return {**filled, **{name: value for name, value in settled.items() if name not in given}}
 
     @model_validator(mode="after")

@@ -47,10 +47,10 @@ def test_who_needs_a_retain_set(method: Method, needs: bool) -> None:
 @pytest.mark.parametrize(
     ("given", "needs"),
     [
-        ({}, "retain_loss cross_entropy and attribution contrast"),
-        ({"router": "project"}, "retain_loss cross_entropy and attribution contrast and router project"),
+        ({}, "retain_loss kl and attribution contrast"),
+        ({"router": "project"}, "retain_loss kl and attribution contrast and router project"),
         ({"scope": "router_only", "router": "project"}, "router project"),
-        ({"objective": "pdu", "scope": "full"}, "retain_loss cross_entropy"),
+        ({"objective": "pdu", "scope": "full"}, "retain_loss kl"),
         ({"objective": "rmu", "scope": "esft"}, "retain_loss hidden_mse"),
     ],
 )

@@ -58,7 +58,7 @@ def _best(scored: Scored, method: Method) -> tuple[Selection, ...]:
             statistics,
             spread=method.spread,
             min_coverage=method.coverage,
-            max_experts=method.max_experts,
+            max_experts=max(1, scores.numel() // 2) if method.max_experts == "auto" else method.max_experts,
         )
     return (select(scores, statistics.layers, count=method.experts, spread=method.spread),)
 

@@ -259,9 +259,15 @@ def test_esft_takes_its_share_of_every_layer() -> None:
     assert chosen_by(SHARES, layers, scope="esft", esft_share=0.26) == [[(1, 1), (4, 0), (4, 1)]]
 
 
+def test_half_of_the_experts_are_the_most_unless_a_number_is_given() -> None:
+    fields = {"coverage": 0.4, "spread": "same_layer"}
+    assert [len(chosen) for chosen in chosen_by(DESCENDING, TEN, **fields)] == [1, 2]
+    assert [len(chosen) for chosen in chosen_by(DESCENDING, TEN, **fields, max_experts=3)] == [1, 2, 3]
+
+
 def test_the_random_control_is_as_large_and_stops_growing_when_a_layer_is_half_chosen() -> None:
     """Of four experts one, two, three would be chosen; a control of three others is not there."""
-    fields = {"coverage": 0.4, "spread": "same_layer", "seed": 3}
+    fields = {"coverage": 0.4, "spread": "same_layer", "seed": 3, "max_experts": 4}
     grown = chosen_by(DESCENDING, TEN, **fields)
     controls = chosen_by(DESCENDING, TEN, scope="random_expert", **fields)
     assert [len(selection) for selection in grown] == [1, 2, 3, 4]
