@@ -16,10 +16,10 @@ import torch
 
 from seuf_core.attribution.selection import Selection, by_layer
 from seuf_core.checkpoint.index import read_index
-from seuf_core.errors import MethodError
+from seuf_core.errors import Cancelled, MethodError, ModelError
 from seuf_core.evaluate.probes import score_probes
 from seuf_core.job import Job
-from seuf_core.method import Method
+from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import build_objective
 from seuf_core.unlearning.rule import FORGOTTEN, Look, Quality, order, quality_of
@@ -55,15 +55,25 @@ def search(
         announce: hears which selection is trained next, and at the end which one was best.
 
     Raises:
-        MethodError: `nothing_forgotten`, when the base itself is the best that the bound allows;
-            see `build_trainable` and `build_objective` for what a method may lack.
+        MethodError: `nothing_forgotten`, when the base itself is the best that the bound allows; `diverged`, when
+            a run of fixed strength breaks; see `build_trainable` and `build_objective` for what a method may lack.
+        ModelError: `no_numbers`, when the base cannot be measured.
+        Cancelled: when the observer asks for it; every training checkpoint in `work` is whole.
     """
-    candidates = candidates if job.method.strength == "auto" else candidates[:1]
+    candidates = _trained(job.method, candidates)
     runs = len(candidates) * job.method.rungs
+    base = _quality(job)
+    if not base.finite:
+        raise ModelError(
+            "no_numbers",
+            f"The base model, in {job.view.model.dtype}, gives no finite number for a probe of the selection part.",
+            "Use a checkpoint in bfloat16 or float32 that answers every probe.",
+            "/model",
+        )
     best: Found | None = None
     for place, selection in enumerate(candidates):
         announce(selection)
-        found = _attempt(job, selection, work, place * job.method.rungs, runs)
+        found = _attempt(job, selection, base, work, place * job.method.rungs, runs)
         if best is None or order(found.rung.best) < order(best.rung.best):
             best = found
         if _has_forgotten(found.rung):
@@ -73,33 +83,48 @@ def search(
     if best.rung.best.step == 0:
         raise MethodError(
             "nothing_forgotten",
-            f"No step of {runs} run(s) forgot anything within max_retain_drop {job.method.max_retain_drop}.",
+            f"No step of any run forgot anything within max_retain_drop {job.method.max_retain_drop}.",
             "Raise max_retain_drop or steps, give other learning rates, or train more experts.",
             "/method",
         )
     return best
 
 
-def _attempt(job: Job, selection: Selection, work: Path, first: int, runs: int) -> Found:
-    """One selection at every rate that may still help; its best run."""
+def _trained(method: Method, candidates: Sequence[Selection]) -> Sequence[Selection]:
+    """The candidates that the method can train: of fixed strength the first, else those whose experts a given
+    `rmu_layer` sees. The first in any case: where it cannot be had, `build_objective` says why."""
+    if method.strength == "fixed":
+        return candidates[:1]
+    if method.objective not in HIDDEN_STATE_OBJECTIVES or method.rmu_layer == "auto":
+        return candidates
+    highest = method.rmu_layer
+    seen = [chosen for chosen in candidates[1:] if max(target.layer for target in chosen) <= highest]
+    return [candidates[0], *seen]
+
+
+def _quality(job: Job) -> Quality:
+    return quality_of(job.selection_probes, score_probes(job.view.model, job.selection_probes))
+
+
+def _attempt(job: Job, selection: Selection, base: Quality, work: Path, first: int, runs: int) -> Found:
+    """One selection at every rate that may still help; its best run.
+
+    Its parameters are its own and the model itself stays the base, so that nothing of it reaches the next attempt.
+    Only the best run's values are kept.
+    """
     method, targets = job.method, by_layer(selection)
     on_disk = read_index(job.folder).tensors
     trainable = build_trainable(
         job.view, method, targets, on_disk=on_disk, retain=job.data.retain, observer=job.observer
     )
     initial = snapshot(trainable)
-    probes = job.selection_probes
-
-    def evaluate() -> Quality:
-        return quality_of(probes, score_probes(job.view.model, probes))
-
     run = Run(
         method=method,
         trainable=trainable,
         initial=initial,
         objective=build_objective(job.view, method, job.data, targets),
-        evaluate=evaluate,
-        base=evaluate(),
+        evaluate=lambda: _quality(job),
+        base=base,
         sizes=(len(job.data.forget), len(job.data.retain) if method.retain_loss != "none" else 0),
         work=work,
         # On another machine a near tie may select other experts: their training is not this one's.
@@ -107,21 +132,29 @@ def _attempt(job: Job, selection: Selection, work: Path, first: int, runs: int) 
         runs=runs,
         observer=job.observer,
     )
-    rungs: list[RungResult] = []
+    best: RungResult | None = None
     for rung, learning_rate in enumerate(method.rates(rms(initial)), start=first):
-        rungs.append(ease(run, rung, train_rung(run, rung, learning_rate)))
+        result = ease(run, rung, train_rung(run, rung, learning_rate))
         shown = {"rung": rung, "learning_rate": learning_rate, "experts": [asdict(t) for t in selection]}
-        job.observer.event("rung", {**shown, **rungs[-1].best.as_dict()})
-        _refuse_unfinished(method, rungs[-1])
+        job.observer.event("rung", {**shown, **result.best.as_dict()})
+        _refuse_unfinished(method, result)
+        if best is None or order(result.best) < order(best.best):
+            best = result
         # Within the bound from end to end and still not forgotten: a weaker rate would only get less far.
-        if _has_forgotten(rungs[-1]) or rungs[-1].within(method.max_retain_drop):
+        if _has_forgotten(result) or (_finished(method, result) and result.within(method.max_retain_drop)):
             break
-    return Found(selection, trainable, initial, min(rungs, key=lambda result: order(result.best)))
+    assert best is not None  # there is at least one rate
+    return Found(selection, trainable, initial, best)
+
+
+def _finished(method: Method, rung: RungResult) -> bool:
+    """Whether a run reached its last step; one that gives no numbers ends before."""
+    return rung.looks[-1].step == method.steps
 
 
 def _refuse_unfinished(method: Method, rung: RungResult) -> None:
     """A run of fixed strength that could not reach its last step has no result."""
-    if method.strength == "fixed" and rung.looks[-1].step < method.steps:
+    if method.strength == "fixed" and not _finished(method, rung):
         raise MethodError(
             "diverged",
             f"At learning rate {rung.learning_rate:g} the model gives no finite numbers before step {method.steps}.",
@@ -136,11 +169,16 @@ def ease(run: Run, rung: int, result: RungResult) -> RungResult:
     Training passes the bound in a few steps and does not come back to it, while what it learnt to forget grows on.
     On the straight line from the base to the last step, forgetting outlasts the damage (docs/explanation/method.md).
     Mixing base and trained weights until the retain quality is back is the calibration of arXiv 2406.09179.
+
+    Raises:
+        Cancelled: when the observer asks for it; the training checkpoint of the run is whole, and finished.
     """
     bound = run.method.max_retain_drop
     if run.method.strength == "fixed" or _has_forgotten(result) or result.within(bound):
         return result
     for share in EASED_SHARES:
+        if run.observer.cancelled():
+            raise Cancelled
         values = {
             name: torch.lerp(run.initial[name], last.to(run.initial[name]), share)
             for name, last in result.last.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seuf_core.errors import Cancelled
 from seuf_core.search import EASED_SHARES, ease, rms
 from seuf_core.unlearning.loop import RungResult, train_rung
 from seuf_core.unlearning.rule import Quality
@@ -85,6 +86,16 @@ def test_some_runs_need_no_easing(looks: list[Quality], fields: dict[str, str], 
     looked = len(recorder.of("look", "step"))
     assert ease(run, 0, before) == before
     assert len(recorder.of("look", "step")) == looked
+
+
+def test_a_cancel_is_heard_between_two_shares(tmp_path: Path) -> None:
+    """On a large model each takes minutes; the six questions before are those of the six steps."""
+    recorder = Recorder(9)
+    run, _ = make_run(tmp_path, TRAINING, observer=recorder)
+    before = train_rung(run, 0, 1e-2)
+    with pytest.raises(Cancelled):
+        ease(run, 0, before)
+    assert recorder.of("look", "share")[3:] == [0.95, 0.9]
 
 
 def test_easing_is_evaluated_on_the_attached_values(tmp_path: Path) -> None:
