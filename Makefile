@@ -61,6 +61,9 @@ check: lint types contract test ## All that CI checks
 families: setup ## Run every model family's tests and write what passed into the families page
 	PYTHONPATH=. $(TEST_ENV) $(BIN)/python scripts/families_table.py --run
 
+benchmark-defaults: setup ## Measure the default method on every kind of reference model (docs/results/defaults.md; an hour)
+	$(BIN)/python benchmarks/defaults.py $(ARGS)
+
 docs: setup ## Write what is made from the code and the figures: method and families page, the README's table
 	$(BIN)/python scripts/method_reference.py
 	$(BIN)/python scripts/families_table.py

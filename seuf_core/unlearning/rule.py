@@ -14,9 +14,10 @@ from typing import Any
 
 from seuf_core.evaluate.probes import EncodedProbe, ProbeScore
 
-# Forget scores (recognised above chance, plus said) at which a run has nothing left to gain, and at which a ladder
-# has: the next, weaker rate could win little.
-GONE, FORGOTTEN = 0.02, 0.05
+# Forget scores (recognised above chance, plus said) at which a run has nothing left to gain, and at which the search
+# has. The latter is the demo's bound of .07 above chance less one standard error of 150 probes (.035), since the
+# figure that ends the search is the smallest of many looks.
+GONE, FORGOTTEN = 0.02, 0.035
 
 
 @dataclass(frozen=True)
