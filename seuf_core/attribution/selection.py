@@ -40,7 +40,9 @@ def selections(scored: Scored, method: Method) -> tuple[Selection, ...]:
         grown[0],
         *(chosen for chosen in grown[1:] if _most_in_a_layer(chosen) * 2 <= scored.matrix.shape[1]),
     ]
-    return tuple(random_in_same_layers(chosen, scored.matrix, layers, method.seed) for chosen in free)
+    # Drawn once, beside the largest: so the control too holds at each size what it held before.
+    drawn = random_in_same_layers(free[-1], scored.matrix, layers, method.seed)
+    return tuple(drawn[: len(chosen)] for chosen in free)
 
 
 def first_choice(scored: Scored, method: Method) -> list[tuple[int, int]]:

@@ -279,6 +279,21 @@ def test_the_random_control_is_as_large_and_stops_growing_when_a_layer_is_half_c
     assert caught.value.code == "no_random_expert"
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_random_control_keeps_its_experts_while_it_grows(seed: int) -> None:
+    """Six of twelve experts are chosen one after another, over two layers; so are six others beside them."""
+    scores = torch.arange(24, dtype=torch.float64).flip(0).view(2, 12)
+    covered = replace(statistics_of([[[0], [0]]]), layers=(2, 5))
+    fields: dict[str, Any] = {"coverage": 0.5, "max_experts": 6, "seed": seed}
+    grown = chosen_by(scores, covered, **fields)
+    controls = chosen_by(scores, covered, scope="random_expert", **fields)
+    assert [len(control) for control in controls] == [1, 2, 3, 4, 5, 6]
+    for selection, control in zip(grown, controls, strict=True):
+        assert control == controls[-1][: len(control)]
+        assert [layer for layer, _ in control] == [layer for layer, _ in selection]
+        assert not set(control) & set(grown[-1])
+
+
 def test_the_first_choice_is_the_smallest_selection_and_that_of_the_control_what_it_controls() -> None:
     scored = Scored(DESCENDING, TEN)
     fields: dict[str, Any] = {"coverage": 0.7, "spread": "same_layer"}
