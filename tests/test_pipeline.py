@@ -319,7 +319,7 @@ def test_fixed_strength_takes_the_last_step_of_the_first_selection(
 
 def test_fixed_strength_that_breaks_the_model_is_an_error(sets: dict[str, Path], tmp_path: Path) -> None:
     model = tiny.write_model(tmp_path / "model", "qwen2_moe", dtype=torch.float16)
-    fields = {"objective": "gradient_ascent", "scope": "full", "learning_rate": 1.0, "steps": 12}
+    fields = {"objective": "gradient_ascent", "learning_rate": 1.0, "steps": 12}
     with pytest.raises(MethodError) as caught:
         run(model, sets, tmp_path, "out", **fields, strength="fixed")
     assert caught.value.code == "diverged"

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from seuf_core.errors import Cancelled, MethodError
+from seuf_core.errors import Cancelled, MethodError, ModelError
 from seuf_core.method import Method, Scope
 from seuf_core.moe.disk import all_tensors
 from seuf_core.moe.routing import capture_routing
@@ -204,6 +204,23 @@ def test_a_bf16_model_takes_a_step(scope: str, router: str) -> None:
     values = snapshot(trainable)
     assert all(bool(value.isfinite().all()) for value in values.values())
     assert not same(values, initial)
+
+
+def test_a_whole_model_in_16_bits_is_refused_or_warned_about() -> None:
+    """AdamW's 1e-8 is 0 in float16, so its first step divides by 0 whatever the rate."""
+    observer = Recorder()
+    half = moe_view(tiny.build_model("qwen2_moe").half())
+    with pytest.raises(ModelError) as refused:
+        build(half, method_of("full", "freeze"), {}, observer=observer)
+    assert refused.value.code == "float16_model"
+    for scope in ("seuf", "lora"):  # their leaves are float32
+        build(half, method_of(scope, "freeze"), busiest(half), observer=observer)
+    build(moe_view(tiny.build_model("qwen2_moe")), method_of("full", "freeze"), {}, observer=observer)
+    assert not observer.events
+    build(
+        moe_view(tiny.build_model("qwen2_moe").bfloat16()), method_of("full", "freeze"), {}, observer=observer
+    )
+    assert observer.of("warning", "code") == ["bfloat16_rounding"]
 
 
 @pytest.mark.parametrize(("scope", "router"), [("lora", "freeze"), ("full", "train")])
