@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from seuf_core.errors import Cancelled, ModelError
+from seuf_core.errors import Cancelled, MethodError, ModelError
+from seuf_core.method import Method
 from tests import tiny
-from tests.test_pipeline import GROWING, Recorder, run, rungs
+from tests.test_pipeline import GROWING, Recorder, run, rungs, tensors
 from tests.test_pipeline import sets as sets  # a fixture
 
 # Each of two selections is trained at a rate that breaks this bound and eased, then at a weaker one.
@@ -111,3 +112,27 @@ def test_a_base_that_gives_no_numbers_is_refused_before_the_training(
         run(model, sets, tmp_path, "out", recorder)
     assert caught.value.code == "no_numbers"
     assert not steps(recorder)
+
+
+def test_the_smaller_selection_wins_a_tie(sets: dict[str, Path], tmp_path: Path) -> None:
+    """At this rate no value moves, so that all runs are as good as the base."""
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    with pytest.raises(MethodError) as caught:
+        run(model, sets, tmp_path, "out", recorder, **{**GROWING, "learning_rate": 1e-12})
+    assert caught.value.code == "nothing_forgotten"
+    announced = [data["experts"] for kind, data in recorder.events if kind == "selection"]
+    assert [len(experts) for experts in announced] == [1, 3, 1]
+
+
+def test_rates_follow_the_size_of_what_is_trained(sets: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    method = Method(experts=1, learning_rate="auto")
+    run(model, sets, tmp_path, "out", recorder, experts=1, learning_rate="auto", steps=1)
+    [target] = rungs(recorder)[0]["experts"]
+    stem = f"model.layers.{target['layer']}.mlp.experts.{target['expert']}."
+    weights = [value for name, value in tensors(model).items() if name.startswith(stem)]
+    size = float(torch.cat([value.flatten() for value in weights]).double().square().mean().sqrt())
+    assert len(weights) == 3
+    assert rungs(recorder)[0]["learning_rate"] == method.rates(size)[0]
