@@ -57,6 +57,23 @@ def test_a_job_cancelled_while_it_is_eased_continues_to_bit_identical_weights(
     assert (tmp_path / "resumed" / "delta.safetensors").read_bytes() == delta
 
 
+def test_what_is_written_is_the_share_that_won(sets: dict[str, Path], tmp_path: Path) -> None:
+    """Neither the last step whole, nor the best step before the easing."""
+    model = tiny.write_model(tmp_path / "model", "qwen2_moe")
+    recorder = Recorder()
+    result = run(model, sets, tmp_path, "out", recorder, **EASED)
+    share = result.chosen["share"]
+    assert 0.5 <= share < 1
+    [winner] = [rung for rung in rungs(recorder) if rung["share"] == share]
+    last = load_file(tmp_path / "work-out" / f"rung-{winner['rung']}.safetensors")
+    before, after = tensors(model), tensors(tmp_path / "out")
+    for target in result.selection:
+        layer, expert = target["layer"], target["expert"]
+        on_disk = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
+        wanted = torch.lerp(before[on_disk], last[f"value/layers.{layer}.experts.{expert}.down_proj"], share)
+        assert torch.equal(after[on_disk], wanted)
+
+
 @pytest.mark.parametrize("router", ["freeze", "train", "project"])
 def test_each_attempt_begins_with_the_base(router: str, sets: dict[str, Path], tmp_path: Path) -> None:
     """The larger selection ends the same whether a smaller one was trained and eased before it or not."""
