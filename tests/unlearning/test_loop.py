@@ -136,6 +136,30 @@ def test_a_collapsed_run_ends_and_one_that_may_come_back_does_not(tmp_path: Path
         assert observer.of("step", "step")[-1] == last
 
 
+def test_under_a_small_bound_a_run_may_still_lose_something_before_it_ends(tmp_path: Path) -> None:
+    """Five times .01 is a single probe of twenty: the guard is never below .15."""
+    for folder, retain, last in (("a", 0.76, 6), ("b", 0.74, 2)):
+        observer = Recorder()
+        run, _ = make_run(tmp_path / folder, [after(0.3, retain)], observer=observer, max_retain_drop=0.01)
+        train_rung(run, 0, 1e-3)
+        assert observer.of("step", "step")[-1] == last
+
+
+@pytest.mark.parametrize("look", [after(0.25), after(0.3, retain=0.1)])
+def test_a_run_of_fixed_strength_ends_at_its_last_step_only(look: Quality, tmp_path: Path) -> None:
+    """Neither when nothing is left to forget nor when it has collapsed."""
+    observer = Recorder()
+    run, seen = make_run(tmp_path, [look], observer=observer, strength="fixed", learning_rate=1e-3)
+    result = train_rung(run, 0, 1e-3)
+    assert observer.of("step", "step")[-1] == result.best.step == 6
+    assert same(result.values, seen[-1])
+
+
+def test_a_cancel_at_the_last_step_finds_the_run_finished(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path, observer=Recorder(6))
+    assert train_rung(run, 0, 1e-3).best.step == 6
+
+
 def test_a_run_with_nothing_left_to_forget_ends(tmp_path: Path) -> None:
     observer = Recorder()
     run, _ = make_run(tmp_path, [after(0.6), after(0.25)], observer=observer)

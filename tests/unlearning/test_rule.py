@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,15 @@ def test_ties_go_to_the_smaller_drop_then_the_earlier_step() -> None:
     below, at = quality(0.1, 0.0, 0.94), quality(0.25, 0.0, 0.95)
     assert best([look(4, below), look(8, at)], 0.03).step == 8  # type: ignore[union-attr]
     assert best([look(8, at), look(4, at)], 0.03).step == 4  # type: ignore[union-attr]
+
+
+def test_rounding_in_binary_breaks_no_tie() -> None:
+    """.3 is not .1 + .2 there: neither a score nor a drop is smaller for that."""
+    more, less = look(4, quality(0.25, 0.1 + 0.2)), look(8, quality(0.25, 0.3))
+    assert more.quality.forget_score > less.quality.forget_score
+    assert best([more, less], 0.03) == more
+    later = replace(more, step=8, retain_drop=0.3 - 1e-16)
+    assert best([replace(more, retain_drop=0.1 + 0.2), later], 1.0).step == 4  # type: ignore[union-attr]
 
 
 def test_none_when_every_look_is_past_the_bound() -> None:
