@@ -30,7 +30,18 @@ from seuf_core.reference.architecture import Architecture, Size, Specialisation
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 FORGET = "chemistry"
 # What the demo asks for: figures on test facts.
-BOUNDS = {"choice": 0.32, "open": 0.03, "drop_mean": 0.05, "drop_worst": 0.07}
+BOUNDS = {"choice": (0.15, 0.32), "open": (0, 0.03), "lost, mean": (-1, 0.05), "lost, worst": (-1, 0.07)}
+PAGE = """# The default on every kind of reference model
+
+Made by `make benchmark-defaults` from [defaults.json](defaults.json); change nothing here. Nothing was given but the
+sets. Figures are of test facts; chance is .25. *Lost* is what the two kept domains lost, the worse of choice and open
+answers: mean over both domains, and the worse domain. *Masked*: the unlearned model asked with its target experts
+masked out of the routing. *Random*: choice with as many random experts of the same layers, at the rate that was
+found. *Within* the demo's bounds: choice .15 to .32, open at most .03, lost at most .05 and .07.
+
+| family | specialised | split | experts | changed | choice | open | lost, mean | worst | masked | random | s | within |
+|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
+"""
 Figures = dict[str, float]
 
 
@@ -144,25 +155,8 @@ def write(folder: Path, figures: Figures) -> None:
 
 def table(figures: Figures) -> str:
     """The page: a row a case."""
-    cases = list(dict.fromkeys(name.rsplit("/", 1)[0] for name in figures))
-    return "\n".join(
-        [
-            "# The default on every kind of reference model",
-            "",
-            "Made by `make benchmark-defaults` from [defaults.json](defaults.json); change nothing here. Nothing was",
-            "given but the sets. Figures are of test facts; chance is .25. *Lost* is what the two kept domains lost, the",
-            "worse of choice and open answers: mean over both domains, and the worse domain. *Masked*: the unlearned",
-            "model asked with its target experts masked out of the routing. *Random*: choice with as many random experts",
-            "of the same layers, at the rate that was found. *Within* the demo's bounds: choice at most .32, open at most",
-            ".03, lost at most .05 and .07.",
-            "",
-            "| family | specialisation | split | experts | changed | choice | open | lost, mean | lost, worst | masked "
-            "| random | seconds | within |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-            *(_row(name, figures) for name in cases),
-            "",
-        ]
-    )
+    cases = dict.fromkeys(name.rsplit("/", 1)[0] for name in figures)
+    return PAGE + "\n".join(_row(name, figures) for name in cases) + "\n"
 
 
 def _row(name: str, figures: Figures) -> str:
@@ -177,8 +171,8 @@ def _cells(name: str, figures: Figures) -> str:
         for what in ("mean", "worst")
     )
     choice, opened = figures[f"{name}/choice"], figures[f"{name}/open"]
-    measured = {"choice": choice, "open": opened, "drop_mean": mean, "drop_worst": worst}
-    past = [kind for kind, value in measured.items() if value > BOUNDS[kind]]
+    measured = {"choice": choice, "open": opened, "lost, mean": mean, "lost, worst": worst}
+    past = [kind for kind, value in measured.items() if not BOUNDS[kind][0] <= value <= BOUNDS[kind][1]]
     cells = [
         f"{figures[f'{name}/experts']:.0f}",
         f"{figures[f'{name}/parameters_changed_share']:.1%}",

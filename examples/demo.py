@@ -34,11 +34,12 @@ from client.types import Job
 
 console = Console(width=None if sys.stdout.isatty() else 118)
 DOMAINS = ("chemistry", "geography", "persons")
-# What each control changes of the default method; everything else, the selection rule too, is the same.
+# What each control changes of the default method; everything else, the selection rule too, is the same. There are as
+# many random experts as the first job selected.
 METHODS: dict[str, dict[str, Any]] = {
     "unlearned": {},
     "random_expert": {"scope": "random_expert"},
-    "full_model": {"scope": "full", "objective": "gradient_difference"},
+    "full_model": {"scope": "full"},
 }
 QUESTIONS = 4  # shown a domain
 
@@ -71,6 +72,9 @@ def run() -> None:
     with service(work) as client:
         ids = upload(client, reference)
         for column, method in METHODS.items():
+            if column == "random_expert":
+                selected = client.attribution(jobs["unlearned"]["id"])["selection"]
+                method = {**method, "experts": len(selected)}
             jobs[column], looks = run_job(client, ids, column, method)
             figures.add_job(client, column, jobs[column])
             figures.add_lowest(column, looks)
