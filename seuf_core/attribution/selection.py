@@ -147,8 +147,8 @@ def growth(
     """Prefixes of the ranking, each longer than the one before: what `experts: auto` tries in turn.
 
     The first is the smallest that covers the share `min_coverage` of the answer positions. Each next one is the
-    smallest that leaves at most half of the positions that the one before left, so that a job needs few of them.
-    Where no allowed prefix does, it is the longest allowed, and the last.
+    smallest that leaves at most half of the positions that the one before left, so that a job needs few of them; where
+    nothing is left, it is twice as long. Where no allowed prefix does, it is the longest allowed, and the last.
 
     Args:
         scores: [L, E]; statistics: routing of the forget set; spread: see `Method.spread`.
@@ -162,7 +162,8 @@ def growth(
     )
     sizes = [next(enough, most)]
     while sizes[-1] < most:
-        longer = range(sizes[-1] + 1, most)
+        first = sizes[-1] + 1 if left[sizes[-1]] else 2 * sizes[-1]
+        longer = range(first, most)
         sizes.append(next((size for size in longer if left[size] <= left[sizes[-1]] / 2), most))
     return tuple(tuple(ranked[:size]) for size in sizes)
 

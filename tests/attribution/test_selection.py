@@ -145,9 +145,11 @@ def test_growth_skips_experts_that_do_not_halve_what_is_left() -> None:
     assert sizes(0.5, 2, statistics=statistics) == [1, 2]  # cannot halve: as many as allowed, and the end
 
 
-def test_growth_goes_on_one_by_one_when_everything_is_covered() -> None:
+def test_growth_goes_on_by_doubling_when_everything_is_covered() -> None:
     everywhere = statistics_of([[[0, 3]], [[0, 1]]])
+    assert sizes(0.75, 2, everywhere) == [1, 2]
     assert sizes(0.75, 3, everywhere) == [1, 2, 3]
+    assert sizes(0.75, 4, everywhere) == [1, 2, 4]
 
 
 def test_growth_follows_the_spread_and_counts_every_layer() -> None:
@@ -281,13 +283,13 @@ def test_the_random_control_is_as_large_and_stops_growing_when_a_layer_is_half_c
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_random_control_keeps_its_experts_while_it_grows(seed: int) -> None:
-    """Six of twelve experts are chosen one after another, over two layers; so are six others beside them."""
+    """Six of twelve experts are chosen little by little, over two layers; so are six others beside them."""
     scores = torch.arange(24, dtype=torch.float64).flip(0).view(2, 12)
     covered = replace(statistics_of([[[0], [0]]]), layers=(2, 5))
     fields: dict[str, Any] = {"coverage": 0.5, "max_experts": 6, "seed": seed}
     grown = chosen_by(scores, covered, **fields)
     controls = chosen_by(scores, covered, scope="random_expert", **fields)
-    assert [len(control) for control in controls] == [1, 2, 3, 4, 5, 6]
+    assert [len(control) for control in controls] == [1, 2, 4, 6]
     for selection, control in zip(grown, controls, strict=True):
         assert control == controls[-1][: len(control)]
         assert [layer for layer, _ in control] == [layer for layer, _ in selection]
