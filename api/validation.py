@@ -40,7 +40,7 @@ def field_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> list[dict[st
     """Keyword arguments of `FieldError`, one per offending place.
 
     The alternatives of a union fail one by one in pydantic; here they are one error, "this, or that". Fields
-    that do not go together (seuf_core.method.Misfit) are one error in pydantic; here each that was given is one.
+    that do not go together (seuf_core.misfits.Misfit) are one error in pydantic; here each that was given is one.
     """
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     for error in errors:

@@ -155,6 +155,7 @@ def _report(run: Run, rung: int, learning_rate: float, step: int, terms: Terms) 
             "loss": float(terms.total(method).detach()),
             "forget_loss": float(terms.forget.detach()),
             "retain_loss": float(terms.retain.detach()),
+            "retain_weight": method.retain_weight if terms.retain_weight is None else terms.retain_weight,
             "anchor": float(terms.anchor.detach()),
         },
     )

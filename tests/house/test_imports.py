@@ -18,6 +18,7 @@ EDGE = {
     "seuf_core.version",
     "seuf_core.errors",
     "seuf_core.method",
+    "seuf_core.misfits",
     "seuf_core.families",
     "seuf_core.attribution.heatmap",
     "seuf_core.data.records",
