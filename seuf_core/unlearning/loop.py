@@ -173,11 +173,17 @@ def _look(run: Run, rung: int, learning_rate: float, state: TrainingState) -> No
     if is_best:
         state.best_values = snapshot(run.trainable)
     collapsed = _collapsed(look, run.method)
-    gone = is_best and quality.fell_to(GONE, run.base)
     searching = run.method.strength == "auto"
-    state.finished = (searching and (collapsed or gone)) or state.step >= run.method.steps
+    ended = searching and (collapsed or _gone(looks, run))
+    state.finished = ended or state.step >= run.method.steps
     shown: dict[str, Any] = {"rung": rung, "best": is_best, "collapsed": collapsed, **look.as_dict()}
     run.observer.event("look", shown)
+
+
+def _gone(looks: tuple[Look, ...], run: Run) -> bool:
+    """Whether nothing is left to forget, in two looks running: the first noisy look that says so is a lucky one."""
+    bound = run.method.max_retain_drop
+    return all(look.within(bound) and look.quality.fell_to(GONE, run.base) for look in looks[-2:])
 
 
 def _collapsed(look: Look, method: Method) -> bool:

@@ -1,7 +1,8 @@
 """The rule that chooses a step, fixed before a run and fed with the selection part only.
 
-Among the steps whose retain drop is within the bound, take the one with the lowest forget score; ties go to the
-smaller retain drop, then to the earlier step. The forget score is floored at chance: answers that are wrong more
+Among the steps whose retain drop is within the bound, take the one with the lowest forget score; ties within a run go
+to the later step, which has forgotten for longer: one look is noisy. Between runs they go to the smaller retain drop,
+then to the earlier step. The forget score is floored at chance: answers that are wrong more
 often than guesses are knowledge inverted, not knowledge lost, and the rule must not prefer them.
 """
 
@@ -100,11 +101,12 @@ def quality_of(probes: Sequence[EncodedProbe], scores: Sequence[ProbeScore]) -> 
 
 
 def order(look: Look) -> tuple[float, float, int]:
-    """Sort key among the looks that are within the bound: smaller is better."""
+    """Sort key among the best looks of several runs: smaller is better."""
     return (round(look.quality.forget_score, 9), round(look.retain_drop, 9), look.step)
 
 
 def best(looks: Iterable[Look], max_retain_drop: float) -> Look | None:
     """The chosen look, or None when none is within the bound (step 0 always is)."""
     allowed = [look for look in looks if look.within(max_retain_drop)]
-    return min(allowed, key=order, default=None)
+    # Of equals the latest, but none instead of the base, which forgot as much without any change.
+    return min(allowed, key=lambda look: (order(look)[0], look.step > 0, -look.step), default=None)

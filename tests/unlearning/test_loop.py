@@ -161,10 +161,22 @@ def test_a_cancel_at_the_last_step_finds_the_run_finished(tmp_path: Path) -> Non
 
 
 def test_a_run_with_nothing_left_to_forget_ends(tmp_path: Path) -> None:
+    """One look at chance may be luck: the second one running ends it, and is the one that is kept."""
     observer = Recorder()
-    run, _ = make_run(tmp_path, [after(0.6), after(0.25)], observer=observer)
-    assert train_rung(run, 0, 1e-3).best.step == 4
-    assert observer.of("step", "step") == [1, 2, 3, 4]
+    looks = [after(0.6), after(0.25), after(0.4), after(0.24), after(0.25), after(0.25)]
+    run, seen = make_run(tmp_path, looks, observer=observer, steps=20)
+    result = train_rung(run, 0, 1e-3)
+    assert result.best.step == 10
+    assert same(result.values, seen[4])
+    assert observer.of("step", "step")[-1] == 10
+
+
+def test_a_look_past_the_bound_ends_no_run_however_much_it_forgot(tmp_path: Path) -> None:
+    observer = Recorder()
+    looks = [after(0.6), after(0.25, retain=0.8), after(0.25), after(0.25), after(0.25)]
+    run, _ = make_run(tmp_path, looks, observer=observer, steps=20)
+    assert train_rung(run, 0, 1e-3).best.step == 8
+    assert observer.of("step", "step")[-1] == 8
 
 
 def test_a_base_that_never_knew_is_trained_all_the_same(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_the_dual_step_by_hand() -> None:
 
 def test_the_bound_is_the_base_models_mean_retain_loss_and_the_slack() -> None:
     """Mean over the label tokens of the whole training part: sum of l / number of tokens."""
-    view, _, terms_of = build("pdu", pdu_slack=0.25)
+    view, _, terms_of = build("pdu", pdu_slack=0.25, retain_loss="cross_entropy")
     examples = seen(view, RETAIN, [logits_of(view, row)[0] for row in RETAIN])
     expected = sum(l(example) for example in examples) / sum(len(example) for example in examples)
     assert terms_of._dual.bound == pytest.approx(expected + 0.25, rel=1e-5)  # type: ignore[attr-defined]
@@ -42,7 +42,7 @@ def test_each_step_weighs_by_the_weight_before_it() -> None:
 
 
 def test_the_weight_survives_its_state_to_the_last_bit() -> None:
-    view, _, terms_of = build("pdu", pdu_rate=0.1)
+    view, _, terms_of = build("pdu", pdu_rate=0.1, retain_weight=1.0)
     shaken(view)
     for _ in range(3):
         terms_of(PICKED, KEPT)

@@ -10,7 +10,7 @@ import pytest
 from seuf_core.data.batches import Encoded
 from seuf_core.data.records import Probe
 from seuf_core.evaluate.probes import EncodedProbe, ProbeScore
-from seuf_core.unlearning.rule import Look, Quality, best, quality_of
+from seuf_core.unlearning.rule import Look, Quality, best, order, quality_of
 
 
 def quality(forget: float = 0.9, said: float = 0.8, kept: float = 0.95, kept_open: float = 0.9) -> Quality:
@@ -42,19 +42,27 @@ def test_best_forgets_most_within_the_bound() -> None:
     assert best(looks, 0.2).step == 8  # type: ignore[union-attr]
 
 
-def test_ties_go_to_the_smaller_drop_then_the_earlier_step() -> None:
+def test_ties_within_a_run_go_to_the_later_step() -> None:
     below, at = quality(0.1, 0.0, 0.94), quality(0.25, 0.0, 0.95)
-    assert best([look(4, below), look(8, at)], 0.03).step == 8  # type: ignore[union-attr]
-    assert best([look(8, at), look(4, at)], 0.03).step == 4  # type: ignore[union-attr]
+    assert best([look(4, at), look(8, below)], 0.03).step == 8  # type: ignore[union-attr]
+    assert best([look(8, at), look(4, at)], 0.03).step == 8  # type: ignore[union-attr]
+    assert best([look(0, BASE), look(4, BASE)], 0.03).step == 0  # type: ignore[union-attr]
+
+
+def test_ties_between_runs_go_to_the_smaller_drop_then_the_earlier_step() -> None:
+    below, at = quality(0.1, 0.0, 0.94), quality(0.25, 0.0, 0.95)
+    assert min([look(4, below), look(8, at)], key=order).step == 8
+    assert min([look(8, at), look(4, at)], key=order).step == 4
 
 
 def test_rounding_in_binary_breaks_no_tie() -> None:
     """.3 is not .1 + .2 there: neither a score nor a drop is smaller for that."""
     more, less = look(4, quality(0.25, 0.1 + 0.2)), look(8, quality(0.25, 0.3))
     assert more.quality.forget_score > less.quality.forget_score
-    assert best([more, less], 0.03) == more
+    assert best([more, less], 0.03) == less
+    assert min([more, less], key=order) == more
     later = replace(more, step=8, retain_drop=0.3 - 1e-16)
-    assert best([replace(more, retain_drop=0.1 + 0.2), later], 1.0).step == 4  # type: ignore[union-attr]
+    assert min([replace(more, retain_drop=0.1 + 0.2), later], key=order).step == 4
 
 
 def test_none_when_every_look_is_past_the_bound() -> None:

@@ -29,6 +29,7 @@ METHOD: dict[str, Any] = {
     "evaluate_every": 10,
     "max_retain_drop": 1.0,
     "max_length": 32,
+    "experts": 3,
 }
 
 
