@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of defaults.json and defaults.md")
     parser.add_argument("--size", choices=get_args(Size), default="full", help="of the reference models")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the split")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 2], help="of the split")
     parser.add_argument("--continue", dest="going_on", action="store_true", help="keep what is measured")
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
