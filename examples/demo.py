@@ -281,7 +281,7 @@ class Figures:
     def add_twin(self, twin: Any, method: dict[str, Any]) -> None:
         """The twin on the same test probes."""
         from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
-        from seuf_core.pipeline import load
+        from seuf_core.job import load
 
         model, tokenizer = load(twin.model)
         probes = encode_probes(tokenizer, test_part(twin.probes, method), method["max_length"])
