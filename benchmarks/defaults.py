@@ -15,7 +15,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -165,7 +164,6 @@ def _row(name: str, figures: Figures) -> str:
 
 
 def _cells(name: str, figures: Figures) -> str:
-    mine = {figure: figures.get(f"{name}/{figure}") for figure in _names(name, figures)}
     mean, worst = (
         max(figures[f"{name}/drop_{kind}_{what}"] for kind in ("choice", "open"))
         for what in ("mean", "worst")
@@ -177,15 +175,11 @@ def _cells(name: str, figures: Figures) -> str:
         f"{figures[f'{name}/experts']:.0f}",
         f"{figures[f'{name}/parameters_changed_share']:.1%}",
         *(_three(value) for value in (choice, opened, mean, worst)),
-        *(_three(mine.get(kind)) for kind in ("choice_masked", "choice_random_experts")),
+        *(_three(figures.get(f"{name}/{kind}")) for kind in ("choice_masked", "choice_random_experts")),
         f"{figures[f'{name}/seconds']:.0f}",
         "yes" if not past else "no: " + ", ".join(past),
     ]
     return " | ".join(cells)
-
-
-def _names(name: str, figures: Figures) -> Iterable[str]:
-    return (figure.removeprefix(f"{name}/") for figure in figures if figure.startswith(f"{name}/"))
 
 
 def _three(value: float | None) -> str:

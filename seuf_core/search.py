@@ -125,7 +125,7 @@ def _attempt(job: Job, selection: Selection, base: Quality, work: Path, first: i
         objective=build_objective(job.view, method, job.data, targets),
         evaluate=lambda: _quality(job),
         base=base,
-        sizes=(len(job.data.forget), len(job.data.retain) if method.retain_loss != "none" else 0),
+        sizes=(len(job.data.forget), len(job.data.retain)),
         work=work,
         # On another machine a near tie may select other experts: their training is not this one's.
         fingerprint=f"{job.inputs.fingerprint}/{sorted(targets.items())}",

@@ -2,8 +2,8 @@
 
 Among the steps whose retain drop is within the bound, take the one with the lowest forget score; ties within a run go
 to the later step, which has forgotten for longer: one look is noisy. Between runs they go to the smaller retain drop,
-then to the earlier step. The forget score is floored at chance: answers that are wrong more
-often than guesses are knowledge inverted, not knowledge lost, and the rule must not prefer them.
+then to the earlier step. The forget score is floored at chance: answers that are wrong more often than guesses are
+knowledge inverted, not knowledge lost, and the rule must not prefer them.
 """
 
 from __future__ import annotations

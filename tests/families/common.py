@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 from seuf_core.data.batches import Batch
 from seuf_core.families import FAMILIES
 from seuf_core.moe.view import MoELayer, MoEView
-from tests import tiny
+from tests.moe.test_routing import random_batch
 
 EVERY_FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
 
@@ -18,13 +20,8 @@ HIDDEN = 32
 
 def batch(rows: int = 3, length: int = 7, seed: int = 0) -> Batch:
     """Random tokens; the second row is padded on the right; the first two tokens of each are prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, tiny.VOCAB_SIZE, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :2] = -100
-    return Batch(ids.masked_fill(mask == 0, 0), mask, labels)
+    given = random_batch(rows, length, seed)
+    return replace(given, input_ids=given.input_ids.masked_fill(given.attention_mask == 0, 0))
 
 
 def logits_of(model: PreTrainedModel, given: Batch) -> torch.Tensor:
