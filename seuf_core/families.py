@@ -50,6 +50,8 @@ class Family:
         fused: where the experts of a layer share tensors on disk: name in memory, name on disk inside the
             block. `expert` then says nothing.
         score: the router's own score before top-K, or the config.json key that says which it is.
+        carries: name of the argument in which each decoder layer gets what the one before returned beside its
+            states.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class Family:
     expert: ExpertNames = _PROJ
     fused: tuple[tuple[str, str], ...] = ()
     score: Literal["softmax", "sigmoid", "expert_selection_fn"] = "softmax"
+    carries: str | None = None
 
     def expert_names(self, layer: int, expert: int) -> dict[str, tuple[str, ...]]:
         """Name in memory of each of one expert's tensors -> its names on disk.
@@ -178,7 +181,7 @@ FAMILIES: Final[dict[str, Family]] = {
         Family("flint", "flint", score="sigmoid"),
         Family("glm4_moe", "GLM-4.5, GLM-4.5-Air", score="sigmoid"),
         Family("glm4_moe_lite", "GLM-4.7-Flash", score="sigmoid"),
-        Family("glm_moe_dsa", "GLM-5", score="sigmoid"),
+        Family("glm_moe_dsa", "GLM-5", score="sigmoid", carries="prev_topk_indices"),
         # Published in MXFP4, which is refused: it is the 16 bit form that has these names.
         Family(
             "gpt_oss",

@@ -7,7 +7,7 @@ fused `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], or both transposed, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from seuf_core import families
 from seuf_core.errors import ModelError
 from seuf_core.families import FAMILIES, Family, family_of, has_experts
+from seuf_core.moe.weights import Resident, Weights
 
 # What a bias is called that the router adds to its scores to choose only; it lies in the router or its block.
 _SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
@@ -57,6 +58,8 @@ class MoEView:
 
     Shapes: L = len(layers) sparse layers, E = num_experts, K = num_experts_per_tok, H = hidden size.
     A dense model is a view without layers, and E = K = 0: what concerns the whole model works on it.
+
+    weights: which decoder layers are in memory; all of them, unless the model was opened to be streamed.
     """
 
     model: PreTrainedModel
@@ -64,6 +67,12 @@ class MoEView:
     layers: tuple[MoELayer, ...]
     num_experts: int
     num_experts_per_tok: int
+    weights: Weights = field(default_factory=Resident)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, sparse and dense."""
+        return len(self.model.get_decoder().layers)
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -86,15 +95,16 @@ class MoEView:
         )
 
 
-def moe_view(model: PreTrainedModel) -> MoEView:
+def moe_view(model: PreTrainedModel, weights: Weights | None = None) -> MoEView:
     """Find routers and experts of a loaded model; a dense model has none.
 
     Raises:
         ModelError: `unknown_architecture` for a family of experts without a row.
     """
+    weights = weights or Resident()
     model_type = model.config.model_type
     if model_type not in FAMILIES and not has_experts(model.config.to_dict()):
-        return MoEView(model, Family(model_type, "dense"), (), 0, 0)
+        return MoEView(model, Family(model_type, "dense"), (), 0, 0, weights)
     family = family_of(model_type)
     router_class = _router_class(model)
     layers = []
@@ -105,9 +115,9 @@ def moe_view(model: PreTrainedModel) -> MoEView:
                 layers.append(_layer(index, block, router))
                 break
     if not layers:
-        return MoEView(model, family, (), 0, 0)
+        return MoEView(model, family, (), 0, 0, weights)
     first = layers[0].router
-    return MoEView(model, family, tuple(layers), int(first.num_experts), int(first.top_k))
+    return MoEView(model, family, tuple(layers), int(first.num_experts), int(first.top_k), weights)
 
 
 def require_experts(view: MoEView) -> None:
