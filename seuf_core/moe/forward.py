@@ -1,14 +1,168 @@
-"""Forward passes that compute what is asked for and no more: logits of answer tokens, states of one layer."""
+"""How sequences go through the model: from wherever nothing is trained below, and no further than is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from seuf_core.data.batches import Batch
+from seuf_core.data.batches import Batch, Encoded, collate
+from seuf_core.moe.passes import Flow, Route, embed, run_layers
+from seuf_core.moe.view import MoEView
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What comes out of the last decoder layer where a label token is predicted, and nowhere else.
+
+    states: [P, H] in the model's dtype; target: [P] the label token ids; row: [P] which sequence of the pass,
+    ascending; num_sequences: B. `seuf_core.moe.passes.tail` makes logits of states.
+    """
+
+    states: torch.Tensor
+    target: torch.Tensor
+    row: torch.Tensor
+    num_sequences: int
+
+
+class Beginning(Protocol):
+    """The part of the forward pass that comes first, as far as it is not computed anew."""
+
+    @property
+    def next_layer(self) -> int:
+        """The decoder layer to go on with."""
+        ...
+
+    def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
+        """What flows into that layer, for these sequences and the padded batch they make."""
+        ...
+
+    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
+        """The flow where a label token is predicted only, [P, H]."""
+        ...
+
+
+class FromTokens:
+    """Nothing is known before: the pass begins with the embeddings."""
+
+    next_layer = 0
+
+    def __init__(self, view: MoEView) -> None:
+        self._view = view
+
+    def begin(self, _rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
+        """Embeddings of the batch."""
+        return embed(self._view, batch)
+
+    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
+        """Embeddings where a label token is predicted."""
+        return self.begin(rows, batch)[0].states[batch.predicts_label()]
+
+
+class Forward:
+    """Sequences through the model as it stands, with what is attached to it.
+
+    Args:
+        beginning: where a pass starts.
+        tokens: padded tokens that go through at once. A pass of more runs in pieces which, where gradients are
+            on, are computed once more in the backward pass (torch.utils.checkpoint): any loss over all of them
+            stays what it is, and the memory is that of one piece. Results do not depend on it.
+        recompute: whether each layer is run once more in the backward pass, so that no layer's weights have to
+            stay in memory between the two.
+    """
+
+    def __init__(
+        self,
+        view: MoEView,
+        beginning: Beginning | None = None,
+        *,
+        tokens: int | None = None,
+        recompute: bool = False,
+    ) -> None:
+        self.view = view
+        self._beginning = beginning or FromTokens(view)
+        self._tokens, self._recompute = tokens, recompute
+
+    def answers(self, rows: Sequence[Encoded]) -> Answers:
+        """The whole model up to its tail, over the sequences `rows`."""
+        states, labels = self._run(rows, self.view.num_layers)
+        return Answers(states, labels.target, labels.row, len(rows))
+
+    def states(self, rows: Sequence[Encoded], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output of decoder layer `layer` where a label token is predicted: [P, H], and [P] which sequence.
+
+        Nothing above that layer is run.
+        """
+        states, labels = self._run(rows, layer + 1)
+        return states, labels.row
+
+    def halve(self, rows: Sequence[Encoded]) -> bool:
+        """Let half as many tokens through at once; False when a pass over `rows` is one sequence at a time."""
+        pieces = self._pieces(rows)
+        if len(pieces) == len(rows):
+            return False
+        self._tokens = max(len(piece) * max(map(_length, piece)) for piece in pieces) // 2
+        return True
+
+    def _run(self, rows: Sequence[Encoded], stop: int) -> tuple[torch.Tensor, _Labels]:
+        pieces = self._pieces(rows)
+        states = [
+            checkpoint(self._piece, piece, stop, use_reentrant=False)
+            if len(pieces) > 1 and torch.is_grad_enabled()
+            else self._piece(piece, stop)
+            for piece in pieces
+        ]
+        return torch.cat(states), _labels(rows, self.view.model.device)
+
+    def _piece(self, rows: Sequence[Encoded], stop: int) -> torch.Tensor:
+        """Flow into decoder layer `stop` where a label token is predicted, [P, H]."""
+        batch = collate(rows).to(self.view.model.device)
+        if self._beginning.next_layer == stop:
+            return self._beginning.at_labels(rows, batch)
+        flow, routed = self._beginning.begin(rows, batch)
+        for index in range(self._beginning.next_layer, stop):
+            if self._recompute and torch.is_grad_enabled():
+                flow = checkpoint(run_layers, self.view, (index,), flow, routed, use_reentrant=False)
+            else:
+                flow = run_layers(self.view, (index,), flow, routed)
+        return flow.states[batch.predicts_label()]
+
+    def _pieces(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
+        """The rows in their order, at most `tokens` padded tokens together."""
+        pieces: list[list[Encoded]] = []
+        for row in rows:
+            longest = max(map(_length, [*pieces[-1], row])) if pieces else 0
+            if pieces and (self._tokens is None or (len(pieces[-1]) + 1) * longest <= self._tokens):
+                pieces[-1].append(row)
+            else:
+                pieces.append([row])
+        return pieces
+
+
+@dataclass(frozen=True)
+class _Labels:
+    target: torch.Tensor
+    row: torch.Tensor
+
+
+def _labels(rows: Sequence[Encoded], device: torch.device) -> _Labels:
+    """Label tokens of all sequences in order, and which sequence each belongs to."""
+    counts = torch.tensor([len(row.input_ids) - row.labels_from for row in rows])
+    target = [token for row in rows for token in row.input_ids[row.labels_from :]]
+    row = torch.arange(len(rows)).repeat_interleave(counts)
+    return _Labels(torch.tensor(target, dtype=torch.int64).to(device), row.to(device))
+
+
+def _length(row: Encoded) -> int:
+    return len(row.input_ids)
+
+
+# On their way out: whole passes from before `Forward`.
 
 
 @dataclass(frozen=True)

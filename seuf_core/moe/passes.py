@@ -74,9 +74,11 @@ def _stand_ins(view: MoEView, states: torch.Tensor | None = None) -> Iterator[li
         decoder.layers = layers
 
 
-@torch.no_grad()
 def embed(view: MoEView, batch: Batch) -> tuple[Flow, Route]:
-    """What flows into the first decoder layer, and how the model would call all of them. Runs no layer."""
+    """What flows into the first decoder layer, and how the model would call all of them. Runs no layer.
+
+    The graph of the embeddings is kept where gradients are on.
+    """
     return _dry_run(view, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
 
