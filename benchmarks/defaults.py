@@ -9,19 +9,16 @@ docs/results/defaults.md; `--continue` takes finished cases from the JSON that i
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import torch
 import transformers
 
+from benchmarks import figures as measured
 from seuf_core import Method, UnlearnResult, reference, unlearn
 from seuf_core.errors import MethodError
 from seuf_core.reference.architecture import Architecture, Size, Specialisation
@@ -54,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.disable_progress_bar()
     path = options.out / "defaults.json"
-    figures = read(path) if options.going_on and path.exists() else {}
+    figures = measured.Figures.read(path).values() if options.going_on and path.exists() else {}
     kinds = product(get_args(Architecture), get_args(Specialisation), options.seeds)
     for architecture, specialisation, seed in kinds:
         name = f"{architecture}/{specialisation}/{seed}"
@@ -126,29 +123,13 @@ def judged(result: UnlearnResult) -> Figures:
     return figures
 
 
-def read(path: Path) -> Figures:
-    """The figures of a JSON file of this form, by name."""
-    return {figure["name"]: figure["value"] for figure in json.loads(path.read_text())["figures"]}
-
-
 def write(folder: Path, figures: Figures) -> None:
     """defaults.json and defaults.md."""
-    environment: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__.split("+")[0],
-        "transformers": transformers.__version__,
-    }
     units = {"experts": "experts", "seconds": "s"}
-    rows = [
-        {"name": name, "value": round(value, 6), "unit": units.get(name.rsplit("/", 1)[1], "share")}
-        for name, value in figures.items()
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment, "figures": rows}, indent=1)
-    (folder / "defaults.json").write_text(text + "\n")
+    rows = measured.Figures(measured.environment())
+    for name, value in figures.items():
+        rows.add(name, value, units.get(name.rsplit("/", 1)[1], "share"))
+    rows.write(folder / "defaults.json")
     (folder / "defaults.md").write_text(table(figures))
 
 
@@ -169,8 +150,8 @@ def _cells(name: str, figures: Figures) -> str:
         for what in ("mean", "worst")
     )
     choice, opened = figures[f"{name}/choice"], figures[f"{name}/open"]
-    measured = {"choice": choice, "open": opened, "lost, mean": mean, "lost, worst": worst}
-    past = [kind for kind, value in measured.items() if not BOUNDS[kind][0] <= value <= BOUNDS[kind][1]]
+    shown = {"choice": choice, "open": opened, "lost, mean": mean, "lost, worst": worst}
+    past = [kind for kind, value in shown.items() if not BOUNDS[kind][0] <= value <= BOUNDS[kind][1]]
     cells = [
         f"{figures[f'{name}/experts']:.0f}",
         f"{figures[f'{name}/parameters_changed_share']:.1%}",

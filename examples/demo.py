@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.figures import Figures, environment
 from client import Client
 from client.types import Job
 
@@ -68,7 +68,7 @@ def run() -> None:
     work = options.folder.resolve() / "demo"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    figures, jobs = Figures(), {}
+    figures, jobs = DemoFigures(environment()), {}
     with service(work) as client:
         ids = upload(client, reference)
         for column, method in METHODS.items():
@@ -243,15 +243,8 @@ def ask_both(base: Path, unlearned: Path, probes: Path, method: dict[str, Any]) 
     console.print(table)
 
 
-class Figures:
-    """Everything measured, by name, in the form of every benchmark here."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, tuple[float, str]] = {}
-
-    def add(self, name: str, value: float, unit: str) -> None:
-        """One figure."""
-        self.rows[name] = (value, unit)
+class DemoFigures(Figures):
+    """Everything the demo measures."""
 
     def add_job(self, client: Client, column: str, job: Job) -> None:
         """The test figures of one job; the first also gives the base and the masked columns."""
@@ -292,38 +285,22 @@ class Figures:
     def show(self) -> None:
         """The table: a row a domain and measure, a column a model."""
         columns = ["base", "unlearned", "unlearned_masked", "random_expert", "full_model"]
-        columns += ["twin"] if "choice/chemistry/twin" in self.rows else []
+        columns += ["twin"] if "choice/chemistry/twin" in self else []
         table = Table(
             "test facts, held-out phrasings", *columns, title="What was forgotten, what was kept (chance .25)"
         )
         for measure in ("choice", "open"):
             for domain in DOMAINS:
-                values = (self.rows.get(f"{measure}/{domain}/{column}") for column in columns)
-                table.add_row(f"{measure} {domain}", *(f"{v[0]:.3f}" if v else "" for v in values))
+                values = (self.get(f"{measure}/{domain}/{column}") for column in columns)
+                table.add_row(f"{measure} {domain}", *("" if v is None else f"{v:.3f}" for v in values))
         changed = {"unlearned": ""} | {c: f"/{c}" for c in METHODS if c != "unlearned"}
         for label, name, form in (
             ("parameters changed", "parameters_changed_share", "{:.1%}"),
             ("seconds", "seconds_job", "{:.0f}"),
         ):
-            cells = [form.format(self.rows[name + changed[c]][0]) if c in changed else "" for c in columns]
+            cells = [form.format(self[name + changed[c]]) if c in changed else "" for c in columns]
             table.add_row(label, *cells)
         console.print(table)
-
-    def write(self, path: Path) -> None:
-        """The JSON form: environment and figures."""
-        import torch
-        import transformers
-
-        environment = {
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__.split("+")[0],
-            "transformers": transformers.__version__,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-        }
-        figures = [{"name": n, "value": round(v, 6), "unit": u} for n, (v, u) in self.rows.items()]
-        path.write_text(json.dumps({"environment": environment, "figures": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from typing import get_args
 import pytest
 
 from benchmarks import defaults
+from benchmarks.figures import Figures
 from seuf_core.reference.architecture import Architecture, Specialisation
 
 RESULTS = Path("docs/results")
 
 
 def test_the_page_is_made_from_the_figures() -> None:
-    figures = defaults.read(RESULTS / "defaults.json")
+    figures = Figures.read(RESULTS / "defaults.json").values()
     assert (RESULTS / "defaults.md").read_text() == defaults.table(figures)
     cases = {name.rsplit("/", 1)[0] for name in figures}
     kinds = product(get_args(Architecture), get_args(Specialisation), ("0", "2"))
