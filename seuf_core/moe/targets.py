@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from seuf_core.moe.view import MoEView, expert_parameters
@@ -146,15 +148,14 @@ def split_experts_forward(
         [T, H], equal to the unsplit result up to the order of summation.
     """
     original, targets = self._seuf_targets
+    frozen = getattr(self, "_seuf_frozen", None) or partial(_frozen_forward, self, original)
     if not targets:
-        return _frozen_forward(self, original, hidden_states, top_k_index, top_k_weights)
+        return frozen(hidden_states, top_k_index, top_k_weights)
     is_target = torch.zeros_like(top_k_index, dtype=torch.bool)
     for expert in targets:
         is_target |= top_k_index == expert
     # Weight 0 rather than removed slots: every layout (bias, transposed, interleaved) stays transformers' business.
-    output = _frozen_forward(
-        self, original, hidden_states, top_k_index, top_k_weights.masked_fill(is_target, 0)
-    )
+    output = frozen(hidden_states, top_k_index, top_k_weights.masked_fill(is_target, 0))
     for expert, leaves in targets.items():
         token, slot = torch.where(top_k_index == expert)
         if token.numel():
@@ -173,6 +174,30 @@ def _project(module: Any, leaves: Leaves, name: str, states: torch.Tensor) -> to
     weight, bias = leaves[name].to(states.dtype), leaves.get(f"{name}_bias")
     weight = weight.T if module.is_transposed else weight
     return F.linear(states, weight, None if bias is None else bias.to(states.dtype))
+
+
+@contextmanager
+def frozen_by(
+    experts: Any, function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Inside the block, where targets are attached, the frozen experts of one layer answer by `function`.
+
+    It gets states [T, H], index [T, K] and weights [T, K], which are 0 in the slots of targets, and returns [T, H].
+    """
+    experts._seuf_frozen = function
+    try:
+        yield
+    finally:
+        del experts._seuf_frozen
+
+
+def frozen_forward(
+    model: PreTrainedModel, experts: Any, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """A layer's experts as the model itself has them, attached targets or not: arguments as in `frozen_by`."""
+    targets = getattr(experts, "_seuf_targets", None)
+    original = model.config._experts_implementation if targets is None else targets[0]
+    return _frozen_forward(experts, original, states, index, weights)
 
 
 def _frozen_forward(

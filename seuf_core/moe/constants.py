@@ -1,0 +1,256 @@
+"""What stays the same while a job trains, computed once: the pass up to the lowest layer that is trained.
+
+Everything below that layer is frozen, so what flows into it is a constant of each sequence. In the layer itself
+attention and shared experts see only constants too, and where the router is frozen every token that goes to no
+target expert leaves it as it did before. So a step runs that layer on the tokens that a target sees, with its
+attention and its frozen experts looked up, and then only what lies above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from seuf_core.data.batches import Batch, Encoded, bucketed, collate
+from seuf_core.moe.passes import Flow, Route, embed, route, run_layer
+from seuf_core.moe.shelf import Shelf
+from seuf_core.moe.start_layer import StartLayer, Watched
+from seuf_core.moe.view import MoEView
+
+# Padded tokens that go through one layer at once while constants are computed.
+TOKENS_PER_PASS = 2048
+
+
+@torch.no_grad()
+def flows_into(
+    view: MoEView, layer: int, rows: Sequence[Encoded], tokens: int = TOKENS_PER_PASS
+) -> Iterator[tuple[list[Encoded], Flow, Route]]:
+    """What flows into a decoder layer, a padded batch of like lengths at a time; the layer is loaded meanwhile.
+
+    One layer after the other runs over all batches, so that each is read once. Memory: one layer (two while the next
+    is read), H numbers of the model's dtype for each padded token, and the activations of `tokens` tokens.
+    """
+    device = view.model.device
+    parts = list(bucketed(rows, lambda row: len(row.input_ids), tokens))
+    flows = [embed(view, collate(part).to(device)) for part in parts]
+    for index in view.weights.each(range(layer)):
+        for at, (flow, routed) in enumerate(flows):
+            flows[at] = run_layer(view, index, flow, routed), routed
+    with view.weights.loaded(layer):
+        for part, (flow, routed) in zip(parts, flows, strict=True):
+            yield part, flow, routed
+
+
+class FromStates:
+    """A pass that begins at a decoder layer with what flowed into it: 2 * H bytes a token of a bf16 model.
+
+    The layer itself runs as the model has it, whatever was changed in it or is forbidden there.
+    """
+
+    def __init__(self, view: MoEView, layer: int, rows: Sequence[Encoded], shelf: Shelf) -> None:
+        self.next_layer = layer
+        self._view, self._shelf = view, shelf
+        self._kept: dict[int, int] = {}
+        for part, flow, _ in flows_into(view, layer, rows):
+            for row, states in zip(part, flow.states, strict=True):
+                self._kept[id(row)] = shelf.put(states[: len(row.input_ids)])
+
+    def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
+        """What flowed into the layer, padded."""
+        states = _padded([self._shelf[self._kept[id(row)]] for row in rows], batch)
+        return Flow(states), route(self._view, batch.attention_mask)
+
+    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
+        """The same where a label token is predicted."""
+        return self.begin(rows, batch)[0].states[batch.predicts_label()]
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """One sequence of n tokens, m of which a target sees. Numbers on the shelf:
+
+    out: [n, H], what left the layer before the training. entry: [m, H], what flowed in. parts: what the layer's
+    constant parts said there. frozen: [m, H], what its frozen experts said together.
+    tokens: [m], where they are.
+    """
+
+    out: int
+    entry: int
+    parts: tuple[int, ...]
+    frozen: int
+    tokens: torch.Tensor
+
+
+class FrozenRouter:
+    """A pass that begins above the lowest target layer, whose router is frozen.
+
+    Which tokens a target sees is a constant then, and all others leave the layer as they did before: only the former
+    are run, those of all sequences packed together. Memory of a bf16 model: 2 * H bytes a token, and for each that a
+    target sees 4 * H and twice the widths of what attention and shared experts say.
+    """
+
+    def __init__(
+        self, view: MoEView, targets: Mapping[int, tuple[int, ...]], rows: Sequence[Encoded], shelf: Shelf
+    ) -> None:
+        index = min(targets)
+        self.next_layer = index + 1
+        self._view, self._layer, self._shelf = view, StartLayer(view, index), shelf
+        self._kept: dict[int, _Moving] = {}
+        for part, flow, routed in flows_into(view, index, rows):
+            watched = self._layer.watch(flow, routed)
+            aimed = torch.isin(watched.index, torch.tensor(targets[index], device=view.model.device))
+            for at, row in enumerate(part):
+                first = at * flow.states.shape[1]
+                here = slice(first, first + len(row.input_ids))
+                tokens = torch.where(aimed[here].any(dim=1))[0]
+                self._kept[id(row)] = self._keep(watched, here, tokens, aimed)
+
+    def _keep(self, watched: Watched, here: slice, tokens: torch.Tensor, aimed: torch.Tensor) -> _Moving:
+        put, at = self._shelf.put, here.start + tokens
+        weights = watched.weights[at].masked_fill(aimed[at], 0)
+        frozen = self._layer.run_frozen(watched.states[at], watched.index[at], weights)
+        parts = tuple(put(part[at]) for part in watched.parts)
+        return _Moving(put(watched.out[here]), put(watched.entry[at]), parts, put(frozen), tokens.cpu())
+
+    def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
+        """Output of the target layer, padded."""
+        kept = [self._kept[id(row)] for row in rows]
+        out = _padded([self._shelf[one.out] for one in kept], batch)
+        width = batch.input_ids.shape[1]
+        at = torch.cat([row * width + one.tokens for row, one in enumerate(kept)])
+        moved = self._moved(kept, [slice(None)] * len(kept), batch)
+        states = out.flatten(0, 1).index_copy(0, at.to(out.device), moved)
+        return Flow(states.view_as(out)), route(self._view, batch.attention_mask)
+
+    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
+        """Output of the target layer where a label token is predicted; no other token is run."""
+        kept = [self._kept[id(row)] for row in rows]
+        firsts = [row.labels_from - 1 for row in rows]
+        out = [self._shelf[one.out][first:-1] for one, first in zip(kept, firsts, strict=True)]
+        at, which, before = [], [], 0
+        for one, row, first in zip(kept, rows, firsts, strict=True):
+            chosen = (one.tokens >= first) & (one.tokens < len(row.input_ids) - 1)
+            at.append(one.tokens[chosen] - first + before)
+            which.append(chosen)
+            before += len(row.input_ids) - 1 - first
+        device = batch.input_ids.device
+        moved = self._moved(kept, which, batch)
+        return torch.cat(out).to(device).index_copy(0, torch.cat(at).to(device), moved)
+
+    def _moved(
+        self, kept: Sequence[_Moving], which: Sequence[slice | torch.Tensor], batch: Batch
+    ) -> torch.Tensor:
+        """The layer's output, [M, H], of these of the tokens that a target sees."""
+
+        def gather(numbers: Sequence[int]) -> torch.Tensor:
+            pieces = [self._shelf[number][some] for number, some in zip(numbers, which, strict=True)]
+            return torch.cat(pieces).to(batch.input_ids.device)
+
+        entry = gather([one.entry for one in kept])
+        parts = [gather(numbers) for numbers in zip(*(one.parts for one in kept), strict=True)]
+        frozen = gather([one.frozen for one in kept])
+        with self._layer.saying([part[None] for part in parts]), self._layer.experts_by(lambda *_: frozen):
+            return self._layer(entry[None])[0]
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """One sequence of n tokens. Numbers on the shelf:
+
+    entry: [n, H], what flowed into the layer. parts: what its constant parts said. experts: [n, K], the last ones
+    whose outputs are kept; -1 before the first. outputs: [n, K, H].
+    """
+
+    entry: int
+    parts: tuple[int, ...]
+    experts: int
+    outputs: int
+
+
+class TrainedRouter:
+    """A pass that begins above the lowest target layer, whose router is trained.
+
+    Every token may be sent elsewhere, so all of them go through the layer; of a frozen expert's answer to a token only
+    its weight changes. The answers are kept as they are first asked for, and again where a token is sent to another
+    expert: that is exact however far the router drifts. Memory of a bf16 model: 2 * (1 + K) * H bytes a token and
+    twice the widths of what attention and shared experts say.
+    """
+
+    def __init__(
+        self, view: MoEView, targets: Mapping[int, tuple[int, ...]], rows: Sequence[Encoded], shelf: Shelf
+    ) -> None:
+        index = min(targets)
+        self.next_layer = index + 1
+        self._view, self._layer, self._shelf = view, StartLayer(view, index), shelf
+        self._targets = torch.tensor(targets[index])
+        self._kept: dict[int, _Looked] = {}
+        for part, flow, routed in flows_into(view, index, rows):
+            watched = self._layer.watch(flow, routed)
+            for at, row in enumerate(part):
+                first, n = at * flow.states.shape[1], len(row.input_ids)
+                here, (_, K) = slice(first, first + n), watched.index.shape
+                self._kept[id(row)] = _Looked(
+                    shelf.put(watched.entry[here]),
+                    tuple(shelf.put(said[here]) for said in watched.parts),
+                    shelf.put(torch.full((n, K), -1)),
+                    shelf.put(torch.zeros(n, K, watched.out.shape[1], dtype=watched.out.dtype)),
+                )
+
+    def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
+        """Output of the target layer, padded."""
+        kept, routed = [self._kept[id(row)] for row in rows], route(self._view, batch.attention_mask)
+        parts = [
+            _padded([self._shelf[number] for number in numbers], batch)
+            for numbers in zip(*(one.parts for one in kept), strict=True)
+        ]
+        entry = _padded([self._shelf[one.entry] for one in kept], batch)
+        real = torch.where(batch.attention_mask.flatten())[0]
+
+        def look_up(states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            outputs = self._outputs(kept, states[real], index[real])
+            said = torch.bmm(weights[real][:, None].to(outputs.dtype), outputs)[:, 0]
+            return torch.zeros_like(states).index_copy(0, real, said)
+
+        with self._layer.saying(parts), self._layer.experts_by(look_up):
+            return Flow(self._layer(entry)), routed
+
+    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
+        """The same where a label token is predicted."""
+        return self.begin(rows, batch)[0].states[batch.predicts_label()]
+
+    @torch.no_grad()
+    def _outputs(self, kept: Sequence[_Looked], states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """What expert index[t, k] says to token t, [R, K, H], without its weight; in the place of a target, anything.
+
+        states: [R, H], index: [R, K], of all real tokens in the order of `kept`.
+        """
+        device = states.device
+        experts = torch.cat([self._shelf[one.experts] for one in kept]).to(device)
+        outputs = torch.cat([self._shelf[one.outputs] for one in kept]).to(device)
+        if torch.equal(experts, index):
+            return outputs
+        found = experts[:, :, None] == index[:, None, :]  # [R, kept, K]
+        outputs = outputs.gather(1, found.int().argmax(dim=1)[:, :, None].expand_as(outputs))
+        token, slot = torch.where(~found.any(dim=1) & ~torch.isin(index, self._targets.to(device)))
+        if token.numel():
+            ones = states.new_ones(len(token), 1)
+            outputs[token, slot] = self._layer.run_frozen(states[token], index[token, slot][:, None], ones)
+        sizes = [len(self._shelf[one.experts]) for one in kept]
+        for one, its_experts, its_outputs in zip(kept, index.split(sizes), outputs.split(sizes), strict=True):
+            self._shelf[one.experts].copy_(its_experts)
+            self._shelf[one.outputs].copy_(its_outputs)
+        return outputs
+
+
+def _padded(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """[n_i, W] each, to [B, S, W] with zeros after their end, on the batch's device."""
+    B, S = batch.input_ids.shape
+    device = batch.input_ids.device
+    if all(len(row) == S for row in rows):
+        return torch.stack(list(rows)).to(device)
+    padded = torch.zeros(B, S, rows[0].shape[1], dtype=rows[0].dtype)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded.to(device)

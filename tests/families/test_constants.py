@@ -1,0 +1,74 @@
+"""A pass that begins with constants, against the whole pass: answers, states and gradients, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from seuf_core.data.batches import Encoded
+from seuf_core.moe.constants import FromStates, FrozenRouter, TrainedRouter
+from seuf_core.moe.forward import Beginning, Forward
+from seuf_core.moe.passes import tail
+from seuf_core.moe.shelf import Shelf
+from seuf_core.moe.targets import TargetExperts
+from seuf_core.moe.view import MoEView, moe_view
+from tests import tiny
+from tests.families.common import EVERY_FAMILY
+from tests.families.test_target_training import busy_targets
+
+Make = Callable[[MoEView, dict[int, tuple[int, ...]], list[Encoded]], Beginning]
+BEGINNINGS: dict[str, tuple[bool, Make]] = {
+    "states": (True, lambda view, targets, rows: FromStates(view, min(targets), rows, Shelf())),
+    "frozen": (False, lambda view, targets, rows: FrozenRouter(view, targets, rows, Shelf())),
+    "trained": (True, lambda view, targets, rows: TrainedRouter(view, targets, rows, Shelf())),
+}
+
+
+def sequences() -> list[Encoded]:
+    """Of several lengths, so that some are padded, and with prompts."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = ((7, 2), (5, 1), (9, 4), (7, 3), (3, 2))
+    return [
+        Encoded(torch.randint(3, tiny.VOCAB_SIZE, (n,), generator=generator).tolist(), first, False)
+        for n, first in lengths
+    ]
+
+
+def gradients(
+    view: MoEView, leaves: TargetExperts, forward: Forward, rows: list[Encoded], layer: int | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of one pass, over the answers or over what leaves a layer, and its gradient by every leaf."""
+    with leaves.attached():
+        if layer is None:
+            answers = forward.answers(rows)
+            loss = torch.nn.functional.cross_entropy(tail(view, answers.states), answers.target)
+        else:
+            loss = forward.states(rows, layer)[0].square().mean()
+        found = torch.autograd.grad(loss, list(leaves.named_parameters().values()), materialize_grads=True)
+    return loss.detach(), dict(zip(leaves.named_parameters(), found, strict=True))
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("kind", list(BEGINNINGS))
+def test_a_pass_from_constants(family: str, kind: str) -> None:
+    """As on the first step, and after the leaves have moved so far that the router sends tokens elsewhere."""
+    train_router, make = BEGINNINGS[kind]
+    view, rows = moe_view(tiny.build_model(family)), sequences()
+    view.model.requires_grad_(False)
+    targets = busy_targets(view)
+    begun = Forward(view, make(view, targets, rows[:]))
+    leaves = TargetExperts(view, targets, train_router=train_router)
+    for moved in (False, True, True):
+        for layer in (None, min(targets), max(targets)):
+            for some in (rows, [rows[4], rows[2]]):
+                loss, wanted = gradients(view, leaves, Forward(view), some, layer)
+                ours, found = gradients(view, leaves, begun, some, layer)
+                torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+                size = max(float(value.abs().max()) for value in wanted.values())
+                for name, value in found.items():
+                    torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6 * size, msg=name)
+        with torch.no_grad():
+            for leaf in leaves.named_parameters().values():
+                leaf.add_(torch.randn_like(leaf) * (0.5 if moved else 0.1) * leaf.std())
