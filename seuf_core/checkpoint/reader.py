@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 import torch
@@ -42,8 +43,14 @@ def read_tensor(file: int, record: TensorRecord) -> torch.Tensor:
     if record.dtype not in TORCH_DTYPES:
         raise ModelError("unknown_dtype", f"Tensor {record.name} is {record.dtype}, which torch cannot hold.")
     tensor = torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype])
+    _fill(file, record, tensor)
+    return tensor
+
+
+def _fill(file: int, record: TensorRecord, tensor: torch.Tensor) -> None:
+    """Read straight into a contiguous CPU tensor of the record's dtype and size."""
     if record.bytes == 0:
-        return tensor
+        return
     buffer = tensor_bytes(tensor)
     done = 0
     while done < record.bytes:
@@ -52,7 +59,6 @@ def read_tensor(file: int, record: TensorRecord) -> torch.Tensor:
         if read == 0:
             raise ModelError("incomplete_shards", f"{record.shard} ends inside tensor {record.name}.")
         done += read
-    return tensor
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -72,13 +78,14 @@ class CheckpointReader:
 
     Bound: reading a set of tensors reads and holds exactly the sum of their bytes, once: no staging copy, and
     no mapping, which would count in resident memory for as long as a tensor lives and fault in whole pages
-    under a limit. Files stay open until `close`: one descriptor a shard.
+    under a limit. Files stay open until `close`: one descriptor a shard. Several threads may read at once.
     """
 
     def __init__(self, folder: Path) -> None:
         """Reads the headers only. Raises ModelError as `read_index` does."""
         self.index: CheckpointIndex = read_index(folder)
         self._files: dict[str, int] = {}
+        self._opening = Lock()
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, or row `name[3]` of one, on the CPU, in its dtype on disk.
@@ -86,12 +93,32 @@ class CheckpointReader:
         Raises:
             ModelError: unknown_tensor, and as `read_tensor` does.
         """
+        record = self._record(name)
+        return read_tensor(self._file(record), record)
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """One tensor into a contiguous CPU tensor of its shape, cast to that one's dtype.
+
+        Bound: nothing beside `out` where the dtypes agree, else the tensor's bytes once.
+        Raises as `tensor` does.
+        """
+        record = self._record(name)
+        if TORCH_DTYPES.get(record.dtype) == out.dtype:
+            _fill(self._file(record), record, out)
+        else:
+            out.copy_(read_tensor(self._file(record), record))
+
+    def _record(self, name: str) -> TensorRecord:
         record = self.index.record(name)
         if record is None:
             raise ModelError("unknown_tensor", f"{self.index.folder} has no tensor {name}.")
-        if record.shard not in self._files:
-            self._files[record.shard] = os.open(self.index.folder / record.shard, os.O_RDONLY)
-        return read_tensor(self._files[record.shard], record)
+        return record
+
+    def _file(self, record: TensorRecord) -> int:
+        with self._opening:
+            if record.shard not in self._files:
+                self._files[record.shard] = os.open(self.index.folder / record.shard, os.O_RDONLY)
+            return self._files[record.shard]
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Several tensors, by name. Bound: the sum of their bytes."""

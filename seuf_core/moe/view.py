@@ -30,14 +30,22 @@ class MoELayer:
     `router` and `experts` are modules of the family's own classes, whose attributes no type names.
 
     projection: the module inside the router, or the router itself, whose `weight` makes the logits.
-    selection_bias: [E], added to the scores to choose the top K and not to weigh them; None in most families.
+    biased: the module that has a selection bias, and its name there; None in most families.
     """
 
     index: int
     router: Any
     experts: Any
     projection: Any
-    selection_bias: torch.Tensor | None
+    biased: tuple[nn.Module, str] | None
+
+    @property
+    def selection_bias(self) -> torch.Tensor | None:
+        """[E], added to the scores to choose the top K and not to weigh them; None in most families."""
+        if self.biased is None:
+            return None
+        bias: torch.Tensor = getattr(*self.biased)
+        return bias.data.view(-1)
 
     @property
     def router_weight(self) -> torch.Tensor:
@@ -128,9 +136,9 @@ def require_experts(view: MoEView) -> None:
 def _layer(index: int, block: nn.Module, router: nn.Module) -> MoELayer:
     parts = list(router.modules())
     (projection,) = (part for part in parts if isinstance(getattr(part, "weight", None), nn.Parameter))
-    biases = [getattr(part, name, None) for part in (block, *parts) for name in _SELECTION_BIAS]
-    bias = next((bias.data.view(-1) for bias in biases if bias is not None), None)
-    return MoELayer(index, router, block.get_submodule("experts"), projection, bias)
+    places = ((part, name) for part in (block, *parts) for name in _SELECTION_BIAS)
+    biased = next((place for place in places if getattr(*place, None) is not None), None)
+    return MoELayer(index, router, block.get_submodule("experts"), projection, biased)
 
 
 def _router_class(model: PreTrainedModel) -> type[nn.Module]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
+
+import torch
+from torch import nn
 
 
 class Weights(Protocol):
@@ -14,11 +19,15 @@ class Weights(Protocol):
     """
 
     def loaded(self, layer: int, /) -> AbstractContextManager[None]:
-        """Inside the block the layer has its weights."""
+        """Inside the block the layer has its weights. Blocks may be nested, of the same layer too."""
         ...
 
     def each(self, layers: Iterable[int]) -> Iterator[int]:
         """The layers in turn: each is loaded while it is out, and the next one is being read."""
+        ...
+
+    def ahead(self, layer: int, /) -> None:
+        """Begin to read this layer: it is the next one that will be loaded. Any other that was begun is given up."""
         ...
 
     def hold(self, layers: Iterable[int], /) -> None:
@@ -37,5 +46,115 @@ class Resident:
         """The layers as they come."""
         yield from layers
 
+    def ahead(self, _layer: int, /) -> None:
+        """Nothing to do."""
+
     def hold(self, _layers: Iterable[int], /) -> None:
         """All of them are kept anyway."""
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Streamed:
+    """Of a model on the meta device whose layers are on disk.
+
+    Memory: the layers that are held or inside a block, and one more while it is read ahead: two in `each`, one
+    without `prefetch`. A dropped layer leaves nothing behind, and forgets what was done to its weights.
+    For one thread at a time; reading ahead is done by another.
+
+    Args:
+        layers: the decoder layers, whose parameters and persistent buffers are on the meta device.
+        read: all of these of one layer, by their names in it.
+        prefetch: whether `each` and `ahead` read the next layer while this one is at work.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], read: Callable[[int], Tensors], *, prefetch: bool = True
+    ) -> None:
+        self._layers, self._read, self._prefetch = list(layers), read, prefetch
+        self._empty = [layer.state_dict(keep_vars=True) for layer in self._layers]
+        self._users: Counter[int] = Counter()
+        self._held: set[int] = set()
+        self._next: tuple[int, Future[Tensors]] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+
+    @contextmanager
+    def loaded(self, layer: int, /) -> Iterator[None]:
+        """See `Weights.loaded`."""
+        self._take(layer)
+        try:
+            yield
+        finally:
+            self._leave(layer)
+
+    def each(self, layers: Iterable[int]) -> Iterator[int]:
+        """See `Weights.each`."""
+        order = list(layers)
+        try:
+            for layer, following in zip(order, [*order[1:], None], strict=True):
+                with self.loaded(layer):
+                    if following is not None:
+                        self.ahead(following)
+                    yield layer
+        finally:
+            self._give_up()
+
+    def ahead(self, layer: int, /) -> None:
+        """See `Weights.ahead`."""
+        if not self._prefetch or self._users[layer] or (self._next and self._next[0] == layer):
+            return
+        self._give_up()
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="seuf-read-ahead")
+        self._next = layer, self._reader.submit(self._read, layer)
+
+    def hold(self, layers: Iterable[int], /) -> None:
+        """See `Weights.hold`."""
+        wanted = set(layers)
+        for layer in sorted(self._held - wanted):
+            self._held.remove(layer)
+            self._leave(layer)
+        for layer in sorted(wanted - self._held):
+            self._take(layer)
+            self._held.add(layer)
+
+    def _take(self, layer: int) -> None:
+        if not self._users[layer]:
+            self._fill(layer)
+        self._users[layer] += 1
+
+    def _leave(self, layer: int) -> None:
+        self._users[layer] -= 1
+        if not self._users[layer]:
+            for name, empty in self._empty[layer].items():
+                _put(self._layers[layer], name, empty)
+
+    def _fill(self, layer: int) -> None:
+        if self._next and self._next[0] == layer:
+            (_, reading), self._next = self._next, None
+            tensors = reading.result()
+        else:
+            tensors = self._read(layer)
+        for name, tensor in tensors.items():
+            _put(self._layers[layer], name, tensor)
+
+    def _give_up(self) -> None:
+        """Drop what was read ahead; a read that has begun is waited for, so that never two run at once."""
+        if self._next is not None:
+            (_, reading), self._next = self._next, None
+            if not reading.cancel():
+                reading.exception()
+
+
+def _put(layer: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Let a parameter or buffer of the layer be this tensor; whether it wants a gradient stays as it is."""
+    path, _, own = name.rpartition(".")
+    module = layer.get_submodule(path)
+    before = getattr(module, own)
+    if own in module._parameters:
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(before.requires_grad)
+        else:
+            tensor = nn.Parameter(tensor, requires_grad=before.requires_grad)
+    setattr(module, own, tensor)
