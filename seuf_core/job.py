@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from seuf_core.data.batches import encode_alternatives, encode_examples
 from seuf_core.evaluate.probes import EncodedProbe, encode_probes
 from seuf_core.inputs import Inputs
 from seuf_core.method import Method
-from seuf_core.moe.view import MoEView, moe_view, require_experts
+from seuf_core.moe.skeleton import open_model
+from seuf_core.moe.view import MoEView, require_experts
 from seuf_core.observer import Observer
 from seuf_core.unlearning.terms import TrainingData
 
@@ -32,27 +33,36 @@ class Job:
     observer: Observer
 
 
-def load(model: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model in the dtype it is stored in, in eval mode, and its tokenizer; from disk only, no remote code."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load(
+    model: Path, hold: Iterable[int] | None = None, device: torch.device | str | None = None
+) -> tuple[MoEView, PreTrainedTokenizerBase]:
+    """Model in the dtype it is stored in, in eval mode, and its tokenizer; from disk only, no remote code.
+
+    Args:
+        hold: the decoder layers to keep in memory; None = all. The others are read when they are needed.
+        device: None = the GPU where there is one.
+
+    Raises as `open_model` does.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    view = open_model(model, device)
+    view.weights.hold(range(view.num_layers) if hold is None else hold)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    return loaded.to(device).eval(), tokenizer
+    return view, tokenizer
 
 
-def open_job(model: Path, inputs: Inputs, method: Method, observer: Observer) -> Job:
+def open_job(
+    model: Path, inputs: Inputs, method: Method, observer: Observer, hold: Iterable[int] | None = None
+) -> Job:
     """Load the model and tokenise everything, so that a text that cannot be used is known before the training.
 
-    Says how many examples and probes `max_length` cut.
+    Says how many examples and probes `max_length` cut. `hold`: see `load`.
 
     Raises:
-        ModelError: dense_model, when the scope chooses experts and the model has none.
+        ModelError: dense_model, when the scope chooses experts and the model has none; and as `open_model` does.
         DataError: see `encode_pairs`.
     """
-    loaded, tokenizer = load(model)
-    view = moe_view(loaded)
+    view, tokenizer = load(model, hold)
     if method.selects_experts:
         require_experts(view)
     forget, retain = (

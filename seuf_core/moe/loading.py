@@ -8,7 +8,7 @@ Whatever else it does to a tensor is done by its own converter.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,11 +53,11 @@ class Loader:
 
     def __init__(self, model: PreTrainedModel, reader: CheckpointReader) -> None:
         self._model, self._reader = model, reader
-        self._meta = model.state_dict()
-        mapping = get_model_conversion_mapping(model)
+        self._meta: dict[str, torch.Tensor] = model.state_dict()
+        mapping: list[Any] = get_model_conversion_mapping(model)
         self._sources = _sources(model, self._meta, mapping, reader.index.tensors)
         # What `revert_weight_conversion` reads; from_pretrained leaves it on a model as well.
-        model._weight_conversions = [used for used in mapping if used.was_used()]
+        model.__dict__["_weight_conversions"] = [used for used in mapping if used.was_used()]
 
     @property
     def missing(self) -> set[str]:
@@ -134,7 +134,7 @@ class Loader:
 
 
 def _sources(
-    model: PreTrainedModel, meta: Mapping[str, torch.Tensor], mapping: list[Any], names: Iterable[str]
+    model: PreTrainedModel, meta: dict[str, torch.Tensor], mapping: list[Any], names: Iterable[str]
 ) -> dict[str, Source]:
     """First name in memory -> its source, as `convert_and_load_state_dict_in_model` pairs them."""
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -175,4 +175,4 @@ def kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
         return {}
     found, by_group, _ = build_glob_alternation(list(plan))
     matches = {name: re.search(found, name) for name in model.state_dict()}
-    return {name: plan[by_group[match.lastgroup]] for name, match in matches.items() if match is not None}
+    return {name: plan[by_group[str(match.lastgroup)]] for name, match in matches.items() if match}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def open_model(folder: Path, device: torch.device | str = "cpu", *, prefetch: bo
     """Open a model in the dtype it is stored in, in eval mode: embeddings, final norm and head, and no layer.
 
     Memory: the bytes of what is outside the decoder layers, and of each layer while `MoEView.weights` has it loaded.
-    A layer is read from disk anew each time; the files stay open. No remote code.
+    A layer is read from disk anew each time; the files stay open for as long as the view lives. No remote code.
 
     Raises:
         ModelError: missing_tensors or mismatched_tensor, when the files do not hold the model of their config;
@@ -53,7 +54,9 @@ def open_model(folder: Path, device: torch.device | str = "cpu", *, prefetch: bo
         tensors = loader.read(prefix)
         return {name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items()}
 
-    return moe_view(model.eval(), Streamed(model.get_decoder().layers, read, prefetch=prefetch))
+    weights = Streamed(model.get_decoder().layers, read, prefetch=prefetch)
+    finalize(weights, reader.close)
+    return moe_view(model.eval(), weights)
 
 
 def _modules(folder: Path, index: CheckpointIndex) -> tuple[PreTrainedModel, torch.dtype]:
