@@ -191,7 +191,7 @@ def _write_shards(
     shards = _shards(shapes, dtype.itemsize, shard_bytes)
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).mul_(STANDARD_DEVIATION).to(dtype)
     places = random.Random(seed)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         with (folder / file).open("wb") as out:

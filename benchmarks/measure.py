@@ -1,0 +1,113 @@
+"""How things are measured here: variants in turn and their medians, the highest memory, one process each."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Final, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SAMPLE_SECONDS: Final = 0.01
+# A variant that takes less is run again and again in its turn: a job runs its steps one after another too, and the
+# first one after another variant's finds the processor's caches full of that.
+TURN_SECONDS: Final = 0.3
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of a call of each variant, taken in turn `rounds` times after a first call that does not count.
+
+    What else the machine does then slows all of them alike.
+    """
+    for call in variants.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            seconds[name] += _turn(call)
+    return {name: median(all_of) for name, all_of in seconds.items()}
+
+
+def _turn(call: Callable[[], object]) -> list[float]:
+    seconds: list[float] = []
+    while sum(seconds) < TURN_SECONDS:
+        seconds.append(timed(call)[0])
+    return seconds
+
+
+def timed(call: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of one call, work that a GPU still has to do included, and what it returned."""
+    _finish()
+    began = time.perf_counter()
+    result = call()
+    _finish()
+    return time.perf_counter() - began, result
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """The highest memory of this process inside a `with` block, in bytes.
+
+    anonymous: what is the process's own. resident: with the pages of mapped files, which the system may drop.
+    device: of a GPU's allocator; 0 without one.
+    """
+
+    def __init__(self) -> None:
+        self.anonymous = self.resident = self.device = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._sample()
+        if torch.cuda.is_available():
+            self.device = torch.cuda.max_memory_allocated()
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        # Linux: pages in all, resident, and resident ones that belong to files or are shared.
+        _, resident, shared = map(int, Path("/proc/self/statm").read_text().split()[:3])
+        page = os.sysconf("SC_PAGE_SIZE")
+        self.resident = max(self.resident, resident * page)
+        self.anonymous = max(self.anonymous, (resident - shared) * page)
+
+
+def in_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`function(...)` in a fresh process, so that its memory is its own. It must be importable by name."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """b of the best fit value = a * size^b: least squares over the logarithms."""
+    slope, _ = np.polyfit(np.log(np.asarray(sizes)), np.log(np.asarray(values)), 1)
+    return float(slope)

@@ -1,0 +1,101 @@
+"""What all parts of the speed benchmark share: the shapes' checkpoints, the data, and the method of each loss."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from benchmarks.shapes import SHAPES, TINY_LAYERS, tiny_fields, write_shape
+from seuf_core.data.batches import Encoded
+from seuf_core.method import Method
+from seuf_core.unlearning.terms import TrainingData
+
+Size = Literal["full", "small"]
+Objective = Literal["rmu", "npo", "gradient_difference"]
+
+# A step sees 4 forget and 4 retain texts of 64 tokens: 512 tokens, of which all but the first of a text are labels.
+BATCH_SIZE, LENGTH = 4, 64
+EXAMPLES: Final = 32  # of each set: an epoch is 8 steps
+TARGET_EXPERT: Final = 3
+RMU_COEFFICIENT: Final = 20.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """size: "small" makes every model tiny, for a test of the benchmark itself. folder: of the checkpoints.
+
+    rounds: how often interleaved variants take their turn.
+    """
+
+    folder: Path
+    size: Size = "full"
+    rounds: int = 5
+
+    def checkpoint(self, name: str, **changed: int) -> Path:
+        """The checkpoint of a shape, written when it is not there; with config fields changed where given."""
+        fields = tiny_fields(name) if self.size == "small" else {}
+        label = "-".join([name, *(f"{field}-{value}" for field, value in changed.items())])
+        path = self.folder / self.size / label
+        if not (path / "tokenizer.json").exists():  # the last file: what is half written is written again
+            shutil.rmtree(path, ignore_errors=True)
+            write_shape(name, path, **{**fields, **changed})
+        return path
+
+    def layers(self, name: str) -> dict[str, int]:
+        """Where experts are trained: `early`, `middle`, `late` -> decoder layer."""
+        layers = TINY_LAYERS if self.size == "small" else SHAPES[name].layers
+        return dict(zip(("early", "middle", "late"), layers, strict=True))
+
+    def vocabulary(self, name: str) -> int:
+        """Token ids of a shape."""
+        fields = tiny_fields(name) if self.size == "small" else SHAPES[name].fields
+        return int(fields["vocab_size"])
+
+
+def method_of(
+    objective: Objective, *, router: Literal["freeze", "train"] = "freeze", steps: int = 1
+) -> Method:
+    """One run of fixed strength that trains one expert, with the retain term that open-unlearning has."""
+    return Method(
+        objective=objective,
+        retain_loss="hidden_mse" if objective == "rmu" else "cross_entropy",
+        router=router,
+        rmu_coefficient=RMU_COEFFICIENT,
+        attribution="affinity",
+        experts=1,
+        strength="fixed",
+        learning_rate=1e-4,
+        steps=steps,
+        evaluate_every=steps,
+        batch_size=BATCH_SIZE,
+        max_length=LENGTH,
+    )
+
+
+def texts(vocab_size: int, number: int, length: int, seed: int) -> list[list[int]]:
+    """Random running texts as token ids."""
+    source = random.Random(seed)
+    return [[source.randrange(3, vocab_size) for _ in range(length)] for _ in range(number)]
+
+
+def encoded(vocab_size: int, number: int, length: int, seed: int) -> list[Encoded]:
+    """The same as sequences, all of whose tokens but the first are labels."""
+    return [Encoded(ids, 1, truncated=False) for ids in texts(vocab_size, number, length, seed)]
+
+
+def training_data(vocab_size: int, number: int = EXAMPLES, length: int = LENGTH) -> TrainingData:
+    """Forget and retain examples of a benchmark's step."""
+    return TrainingData(
+        encoded(vocab_size, number, length, seed=1), encoded(vocab_size, number, length, seed=2)
+    )
+
+
+def write_texts(path: Path, ids: list[list[int]]) -> Path:
+    """A set as a job reads it, in the words of benchmarks.shapes.tokenizer."""
+    lines = (json.dumps({"text": " ".join(f"t{token}" for token in text)}) for text in ids)
+    path.write_text("\n".join(lines) + "\n")
+    return path
