@@ -1,4 +1,4 @@
-"""What a job is given, checked and split before any weight is loaded."""
+"""What a job is given, checked and split before any weight is loaded. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Literal
 from seuf_core.checkpoint.inspect import ModelFacts, inspect_model
 from seuf_core.checkpoint.manifest import sha256_file
 from seuf_core.data.parts import Parts, sample, split_records
-from seuf_core.data.records import Example, Probe, read_examples, read_probes
+from seuf_core.data.records import Example, Probe, probe_of, read_examples, read_probes
 from seuf_core.errors import DataError
-from seuf_core.evaluate.probes import probe_of
 from seuf_core.families import require_experts
 from seuf_core.method import Method
 from seuf_core.observer import Observer

@@ -65,6 +65,19 @@ class Probe:
     set: Literal["forget", "retain"]
 
 
+def probe_of(example: Example, set_name: Literal["forget", "retain"]) -> Probe:
+    """An example as a probe with one choice, for data sets that come without an evaluation set."""
+    return Probe(
+        id=example.id,
+        prompt=example.prompt,
+        choices=(example.completion,),
+        answer=0,
+        fact=example.fact,
+        domain=example.domain,
+        set=set_name,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds of one file. Bytes are of the file as sent; depth counts nested objects and arrays."""
