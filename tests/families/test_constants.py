@@ -18,6 +18,9 @@ from tests import tiny
 from tests.families.common import EVERY_FAMILY
 from tests.families.test_target_training import busy_targets
 
+# Its attention sinks are NaN in fp64, in the whole pass too.
+NAN_IN_FP64 = {"granitemoe_swa"}
+
 Make = Callable[[MoEView, dict[int, tuple[int, ...]], list[Encoded]], Beginning]
 BEGINNINGS: dict[str, tuple[bool, Make]] = {
     "states": (True, lambda view, targets, rows: FromStates(view, min(targets), rows, Shelf())),
@@ -53,9 +56,16 @@ def gradients(
 @EVERY_FAMILY
 @pytest.mark.parametrize("kind", list(BEGINNINGS))
 def test_a_pass_from_constants(family: str, kind: str) -> None:
-    """As on the first step, and after the leaves have moved so far that the router sends tokens elsewhere."""
+    """As on the first step, and after the leaves have moved so far that the router sends tokens elsewhere.
+
+    In fp64: two orders of summation differ by 1e-6 of a gradient in fp32 already.
+    """
     train_router, make = BEGINNINGS[kind]
     view, rows = moe_view(tiny.build_model(family)), sequences()
+    tolerance = 5e-6
+    if family not in NAN_IN_FP64:
+        view.model.double().set_experts_implementation("eager")  # torch's grouped matmul knows no fp64
+        tolerance = 1e-6
     view.model.requires_grad_(False)
     targets = busy_targets(view)
     begun = Forward(view, make(view, targets, rows[:]))
@@ -66,9 +76,11 @@ def test_a_pass_from_constants(family: str, kind: str) -> None:
                 loss, wanted = gradients(view, leaves, Forward(view), some, layer)
                 ours, found = gradients(view, leaves, begun, some, layer)
                 torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
-                size = max(float(value.abs().max()) for value in wanted.values())
+                # Of a leaf by its norm: single numbers near 0 are rounding of much larger ones.
                 for name, value in found.items():
-                    torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-6 * size, msg=name)
+                    off = float(torch.linalg.vector_norm(value - wanted[name]))
+                    size = float(torch.linalg.vector_norm(wanted[name]))
+                    assert off <= tolerance * size + 1e-9, (name, off, size)
         with torch.no_grad():
             for leaf in leaves.named_parameters().values():
                 leaf.add_(torch.randn_like(leaf) * (0.5 if moved else 0.1) * leaf.std())
