@@ -29,6 +29,7 @@ from seuf_core.inputs import read_inputs
 from seuf_core.job import Job, open_job
 from seuf_core.method import Method
 from seuf_core.moe.disk import round_to_disk
+from seuf_core.moe.forward import Forward
 from seuf_core.moe.routing import can_mask, experts_masked
 from seuf_core.observer import Observer, Silent
 from seuf_core.search import Found, search
@@ -250,7 +251,7 @@ def measure(job: Job, found: Found) -> list[dict[str, Any]]:
         found.trainable.merge()
         round_to_disk(found.trainable.disk_tensors(), index)
         with experts_masked(job.view, targets if masked else {}):
-            scored = summarise(probes, score_probes(job.view.model, probes))
+            scored = summarise(probes, score_probes(Forward(job.view), probes))
         rows += [{"stage": f"{name}_masked" if masked else name, **row} for row in scored]
     job.observer.phase("evaluating", len(stages), len(stages))
     return rows

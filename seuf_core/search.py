@@ -20,6 +20,7 @@ from seuf_core.errors import Cancelled, MethodError, ModelError
 from seuf_core.evaluate.probes import score_probes
 from seuf_core.job import Job
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
+from seuf_core.moe.forward import Forward
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import build_objective
 from seuf_core.unlearning.rule import FORGOTTEN, Look, Quality, order, quality_of
@@ -103,7 +104,7 @@ def _trained(method: Method, candidates: Sequence[Selection]) -> Sequence[Select
 
 
 def _quality(job: Job) -> Quality:
-    return quality_of(job.selection_probes, score_probes(job.view.model, job.selection_probes))
+    return quality_of(job.selection_probes, score_probes(Forward(job.view), job.selection_probes))
 
 
 def _attempt(job: Job, selection: Selection, base: Quality, work: Path, first: int, runs: int) -> Found:
@@ -122,7 +123,7 @@ def _attempt(job: Job, selection: Selection, base: Quality, work: Path, first: i
         method=method,
         trainable=trainable,
         initial=initial,
-        objective=build_objective(job.view, method, job.data, targets),
+        objective=build_objective(Forward(job.view), method, job.data, targets),
         evaluate=lambda: _quality(job),
         base=base,
         sizes=(len(job.data.forget), len(job.data.retain)),

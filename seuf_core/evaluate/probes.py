@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from seuf_core.data.batches import Encoded, bucketed, collate, encode_pair
-from seuf_core.data.records import Example, Probe
-from seuf_core.moe.forward import answer_logits
+from seuf_core.data.batches import Encoded, bucketed, encode_pair
+from seuf_core.data.records import Probe
+from seuf_core.moe.forward import Forward
+from seuf_core.moe.head import negative_log_likelihood, per_token
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,6 @@ class EncodedProbe:
     sequences: tuple[Encoded, ...]
 
 
-def probe_of(example: Example, set_name: Literal["forget", "retain"]) -> Probe:
-    """An example as a probe with one choice, for data sets that come without an evaluation set."""
-    return Probe(
-        id=example.id,
-        prompt=example.prompt,
-        choices=(example.completion,),
-        answer=0,
-        fact=example.fact,
-        domain=example.domain,
-        set=set_name,
-    )
-
-
 def encode_probes(
     tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], max_length: int
 ) -> list[EncodedProbe]:
@@ -66,7 +53,7 @@ def encode_probes(
 
 @torch.no_grad()
 def score_probes(
-    model: PreTrainedModel,
+    forward: Forward,
     probes: Sequence[EncodedProbe],
     *,
     tokens_per_batch: int = 8192,
@@ -74,13 +61,14 @@ def score_probes(
     """Score every probe with the model as it stands.
 
     Args:
-        tokens_per_batch: padded tokens of one forward pass; logits take 4 * V bytes for each answer position.
+        tokens_per_batch: padded tokens of one forward pass. Of logits there are a few positions at a time
+            (seuf_core.moe.head).
     """
     flat = [(p, c) for p, probe in enumerate(probes) for c in range(len(probe.sequences))]
     log_probs = [[0.0] * len(probe.sequences) for probe in probes]
     greedy = [False] * len(probes)
     for chunk in bucketed(flat, lambda pc: len(probes[pc[0]].sequences[pc[1]].input_ids), tokens_per_batch):
-        means, hits = _score_sequences(model, [probes[p].sequences[c] for p, c in chunk])
+        means, hits = _score_sequences(forward, [probes[p].sequences[c] for p, c in chunk])
         for (p, c), mean, hit in zip(chunk, means, hits, strict=True):
             log_probs[p][c] = mean
             if c == probes[p].probe.answer:
@@ -91,15 +79,19 @@ def score_probes(
     ]
 
 
-def _score_sequences(model: PreTrainedModel, sequences: list[Encoded]) -> tuple[list[float], list[bool]]:
-    batch = collate(sequences).to(model.device)
-    answers = answer_logits(model, batch)
-    logits = answers.logits.float()
-    log_prob = -F.cross_entropy(logits, answers.target, reduction="none")
-    counts = torch.bincount(answers.row, minlength=len(sequences)).clamp(min=1)
-    means = torch.zeros(len(sequences), device=logits.device).index_add_(0, answers.row, log_prob) / counts
-    misses = torch.bincount(answers.row, (logits.argmax(dim=-1) != answers.target).float(), len(sequences))
-    return means.tolist(), (misses == 0).tolist()
+def _score_sequences(forward: Forward, sequences: list[Encoded]) -> tuple[list[float], list[bool]]:
+    """Of each sequence: the mean log-probability of its label tokens, and whether each of them is the likeliest."""
+    answers = forward.answers(sequences)
+    said = per_token(forward.view, answers, _log_probability_and_miss, answers.target)  # [P, 2]
+    sums = said.new_zeros(len(sequences), 2).index_add_(0, answers.row, said)
+    counts = torch.bincount(answers.row, minlength=len(sequences))
+    return (sums[:, 0] / counts).tolist(), (sums[:, 1] == 0).tolist()
+
+
+def _log_probability_and_miss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """[C, 2]: log p of the token, and 1 where another one is likelier."""
+    missed = (logits.argmax(dim=-1) != target).float()
+    return torch.stack([-negative_log_likelihood(logits, target), missed], dim=-1)
 
 
 def _judge(answer: int, log_probs: list[float], greedy: bool) -> ProbeScore:

@@ -103,14 +103,14 @@ class Forward:
 
     def halve(self, rows: Sequence[Encoded]) -> bool:
         """Let half as many tokens through at once; False when a pass over `rows` is one sequence at a time."""
-        pieces = self._pieces(rows)
+        pieces = self.pieces(rows)
         if len(pieces) == len(rows):
             return False
         self._tokens = max(len(piece) * max(map(_length, piece)) for piece in pieces) // 2
         return True
 
     def _run(self, rows: Sequence[Encoded], stop: int) -> tuple[torch.Tensor, _Labels]:
-        pieces = self._pieces(rows)
+        pieces = self.pieces(rows)
         states = [
             checkpoint(self._piece, piece, stop, use_reentrant=False)
             if len(pieces) > 1 and torch.is_grad_enabled()
@@ -132,8 +132,8 @@ class Forward:
                 flow = run_layers(self.view, (index,), flow, routed)
         return flow.states[batch.predicts_label()]
 
-    def _pieces(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
-        """The rows in their order, at most `tokens` padded tokens together."""
+    def pieces(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
+        """The rows in their order, in the padded batches that a pass runs: at most `tokens` padded tokens together."""
         pieces: list[list[Encoded]] = []
         for row in rows:
             longest = max(map(_length, [*pieces[-1], row])) if pieces else 0

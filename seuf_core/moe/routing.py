@@ -48,16 +48,23 @@ class Routing:
 
 
 @contextmanager
-def capture_routing(view: MoEView, layers: tuple[int, ...] | None = None) -> Iterator[Routing]:
-    """Record logits and chosen experts of each forward pass inside the block; a new pass overwrites the last.
+def capture_routing(
+    view: MoEView, layers: tuple[int, ...] | None = None, *, joined: bool = False
+) -> Iterator[Routing]:
+    """Record logits and chosen experts of each forward pass inside the block.
 
+    A new pass overwrites the last or, `joined`, its tokens follow those of the passes before it.
     The graph is kept when gradients are on, so that the anchor can be built from what was captured.
     """
     routing = Routing(score=view.family.score_function(view.model.config.to_dict()))
 
     def record(index: int) -> _RouterHook:
         def hook(_: nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-            routing.logits[index], routing.indices[index] = output[0], output[2]
+            logits, indices = output[0], output[2]
+            if joined and index in routing.logits:
+                logits = torch.cat([routing.logits[index], logits])
+                indices = torch.cat([routing.indices[index], indices])
+            routing.logits[index], routing.indices[index] = logits, indices
 
         return hook
 

@@ -9,7 +9,7 @@ import torch
 from seuf_core.data.batches import Encoded, collate
 from seuf_core.errors import MethodError
 from seuf_core.method import Method
-from seuf_core.moe.forward import layer_states
+from seuf_core.moe.forward import Forward, layer_states
 from seuf_core.moe.routing import capture_routing
 from seuf_core.moe.view import MoEView
 from seuf_core.unlearning import losses
@@ -53,12 +53,13 @@ class HiddenStateObjective:
 
     def __init__(
         self,
-        view: MoEView,
+        forward: Forward,
         method: Method,
         data: TrainingData,
         targets: dict[int, tuple[int, ...]],
         anchored: dict[int, tuple[int, ...]],
     ) -> None:
+        view = forward.view
         self._view, self._method, self._data, self._anchored = view, method, data, anchored
         self._layer = steered_layer(view, method, targets)
         held = data.retain if method.retain_loss == "hidden_mse" else []
@@ -93,9 +94,14 @@ class HiddenStateObjective:
             ]
         return found
 
+    def halve(self, _forget: Sequence[int], _retain: Sequence[int]) -> bool:
+        """One pass it is."""
+        return False
+
     def __call__(self, forget: Sequence[int], retain: Sequence[int]) -> Terms:
         kept = retain if self._method.retain_loss == "hidden_mse" else []
-        batch, n = self._data.batch(forget, kept).to(self._view.model.device), len(forget)
+        rows, n = self._data.rows(forget, kept), len(forget)
+        batch = collate(rows).to(self._view.model.device)
         with capture_routing(self._view, tuple(self._anchored)) as routing:
             states = layer_states(self._view.model, self._layer, batch)
         mask = batch.predicts_label()
@@ -105,7 +111,7 @@ class HiddenStateObjective:
             reference = self._reference(kept, states.shape[1]).to(states.device)
             held = losses.masked_mse(states[n:], reference, mask[n:])
             retain_term = self._method.hidden_retain_weight * held
-        return Terms(forget_term, retain_term, anchor_of(routing, self._anchored, batch, n))
+        return Terms(forget_term, retain_term, anchor_of(routing, self._anchored, [rows], n, states.device))
 
     def _reference(self, retain: Sequence[int], length: int) -> torch.Tensor:
         """The states of these examples before training, padded with 0 to [B, length, H]."""

@@ -7,15 +7,15 @@ the model before training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import torch
 
 from seuf_core.errors import MethodError
 from seuf_core.method import Method
-from seuf_core.moe.forward import answer_logits
+from seuf_core.moe.forward import Forward
 from seuf_core.moe.routing import capture_routing
-from seuf_core.moe.view import MoEView
 from seuf_core.unlearning import losses
 from seuf_core.unlearning.reference import Reference, Said
 from seuf_core.unlearning.terms import Terms, TrainingData, anchor_of
@@ -38,21 +38,21 @@ FORGET_TERMS: Final[dict[str, ForgetTerm]] = {
         preferred.nll, preferred.reference_nll, said.nll, said.reference_nll, method.dpo_beta
     ),
     # arXiv 2402.10052
-    "undial": lambda said, _, method: losses.undial(
-        said.logits, said.reference_logits, said.target, method.undial_strength
+    "undial": lambda said, _, method: said.mean_beside_reference(
+        lambda z, z_ref, y: losses.undial(z, z_ref, y, method.undial_strength)
     ),
     # arXiv 2503.01224
-    "ce_u": lambda said, _, __: losses.ce_u(said.logits, said.target),
+    "ce_u": lambda said, _, __: said.mean(losses.ce_u),
     # arXiv 2502.19301
     "wga": lambda said, _, method: losses.wga(said.token_nll, method.wga_beta),
     # arXiv 2505.11953
     "satimp": lambda said, _, method: losses.satimp(said.token_nll, method.satimp_beta1, method.satimp_beta2),
     # arXiv 2506.05314
-    "pdu": lambda said, _, __: losses.pdu(said.logits),
+    "pdu": lambda said, _, __: said.mean(lambda z, _: losses.pdu(z)),
 }
 RETAIN_TERMS: Final[dict[str, Callable[[Said], torch.Tensor]]] = {
     "cross_entropy": lambda said: losses.cross_entropy(said.nll, said.tokens),
-    "kl": lambda said: losses.kl(said.logits, said.reference_logits),
+    "kl": lambda said: said.mean_beside_reference(lambda z, z_ref, _: losses.kl(z, z_ref)),
 }
 # Those that look at the model before training; the others are spared a pass.
 USES_REFERENCE_NLL: Final[frozenset[str]] = frozenset({"npo", "dpo"})
@@ -85,27 +85,27 @@ class DualWeight:
 
 
 class LikelihoodObjective:
-    """Forget and retain terms of the tables above, over one padded pass through the whole model.
+    """Forget and retain terms of the tables above, over one pass through the whole model.
 
     With dpo, the alternatives of the forget rows go through in the same pass. What the model said before training
-    is computed in the constructor; for its memory see `Reference`: l of the forget part (npo, dpo), logits of the
-    forget part (undial) or of the retain part (kl).
+    is computed in the constructor; for its memory see `Reference`: l of the forget part (npo, dpo), what makes the
+    logits of the forget part (undial) or of the retain part (kl).
     """
 
     def __init__(
-        self, view: MoEView, method: Method, data: TrainingData, anchored: dict[int, tuple[int, ...]]
+        self, forward: Forward, method: Method, data: TrainingData, anchored: dict[int, tuple[int, ...]]
     ) -> None:
         _require_its_data(method, data)
-        self._view, self._method, self._data, self._anchored = view, method, data, anchored
+        self._forward, self._method, self._data, self._anchored = forward, method, data, anchored
         uses_nll = method.objective in USES_REFERENCE_NLL
         uses_logits = method.objective in USES_REFERENCE_LOGITS
         keeps_logits = method.retain_loss in USES_REFERENCE_LOGITS
-        size = method.batch_size
-        self._forget = Reference(view, data.forget, size, nll=uses_nll, logits=uses_logits)
-        self._alternatives = Reference(
-            view, data.alternatives, size, nll=method.objective == "dpo", logits=False
+        refer = partial(
+            Reference, forward, batch_size=method.batch_size, head_is_trained=method.scope == "full"
         )
-        self._retain = Reference(view, data.retain, size, nll=False, logits=keeps_logits)
+        self._forget = refer(data.forget, nll=uses_nll, logits=uses_logits)
+        self._alternatives = refer(data.alternatives, nll=method.objective == "dpo")
+        self._retain = refer(data.retain, logits=keeps_logits)
         self._dual = self._dual_weight() if method.objective == "pdu" else None
 
     def _dual_weight(self) -> DualWeight:
@@ -113,9 +113,7 @@ class LikelihoodObjective:
         method, retain = self._method, self._data.retain
         base = 0.0  # the base model's divergence from itself
         if method.retain_loss == "cross_entropy":
-            summed = (
-                Reference(self._view, retain, method.batch_size, nll=True, logits=False).nll.double().sum()
-            )
+            summed = Reference(self._forward, retain, method.batch_size, nll=True).nll.double().sum()
             base = float(summed) / sum(len(row.input_ids) - row.labels_from for row in retain)
         return DualWeight(method.retain_weight, base + method.pdu_slack, method.pdu_rate)
 
@@ -128,13 +126,21 @@ class LikelihoodObjective:
         if self._dual:
             self._dual.load_state(state)
 
+    def halve(self, forget: Sequence[int], retain: Sequence[int]) -> bool:
+        """Fewer sequences at once from now on; False at one."""
+        return self._forward.halve(self._data.rows(forget, *self._beside(forget, retain)))
+
+    def _beside(self, forget: Sequence[int], retain: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """The retain sequences and the alternatives that a step on these examples runs."""
+        kept = retain if self._method.retain_loss in RETAIN_TERMS else []
+        return kept, forget if self._method.objective == "dpo" else []
+
     def __call__(self, forget: Sequence[int], retain: Sequence[int]) -> Terms:
         method, n = self._method, len(forget)
-        kept = retain if method.retain_loss in RETAIN_TERMS else []
-        alternatives = forget if method.objective == "dpo" else []
-        batch = self._data.batch(forget, kept, alternatives).to(self._view.model.device)
-        with capture_routing(self._view, tuple(self._anchored)) as routing:
-            answers = answer_logits(self._view.model, batch)
+        kept, alternatives = self._beside(forget, retain)
+        rows = self._data.rows(forget, kept, alternatives)
+        with capture_routing(self._forward.view, tuple(self._anchored), joined=True) as routing:
+            answers = self._forward.answers(rows)
         said = self._forget.said(answers, 0, forget)
         preferred = self._alternatives.said(answers, n + len(kept), alternatives)
         forget_term = FORGET_TERMS[method.objective](said, preferred, method)
@@ -144,7 +150,9 @@ class LikelihoodObjective:
         weight = self._dual.value if self._dual else None
         if self._dual and kept:
             self._dual.update(float(retain_term.detach()))
-        return Terms(forget_term, retain_term, anchor_of(routing, self._anchored, batch, n), weight)
+        pieces, device = self._forward.pieces(rows), answers.states.device
+        anchor = anchor_of(routing, self._anchored, pieces, n, device)
+        return Terms(forget_term, retain_term, anchor, weight)
 
 
 def _require_its_data(method: Method, data: TrainingData) -> None:

@@ -1,10 +1,10 @@
-"""The mathematics of unlearning: pure functions from tensors to one scalar.
+"""The mathematics of unlearning: pure functions from tensors to one scalar, or to one number a label token.
 
 Letters: B examples, S positions, P label tokens, V vocabulary, H hidden, E experts, T tokens. For one example
 `l` = summed negative log-likelihood over its label tokens, `lbar` = l / number of label tokens; for one label
 token `z` = its logits [V], `y` = the token, `p` = softmax(z)_y. `b` and `d` are the settings of each formula.
 Prompt and padding never reach these functions: logits come from the P positions before a label token
-(seuf_core.moe.forward), hidden states with a mask. Everything accumulates in fp32.
+(seuf_core.moe.head), hidden states with a mask. Everything accumulates in fp32.
 
 Means. Where the paper's formula is over examples (l or lbar), the mean is over the B examples, so that a long
 answer weighs no more than a short one. Where it is over tokens, it is over the P label tokens of the batch, as in the
@@ -15,11 +15,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-
-def token_nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """-log p of each label token, in nats: logits [P, V] and target [P] int64 to fp32 [P]."""
-    return F.cross_entropy(logits.float(), target, reduction="none")
 
 
 def per_example(values: torch.Tensor, row: torch.Tensor, num_examples: int) -> torch.Tensor:
@@ -93,40 +88,6 @@ def cross_entropy(nll: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return nll.sum() / tokens.sum()
 
 
-def kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
-    """KL(reference || current) over the vocabulary, mean over label tokens: what the model before training says, kept.
-
-    Both [P, V]; only differences of logits count, so log-probabilities do as well. The released
-    code of open-unlearning averages over padding and prompt too.
-    """
-    current, reference = logits.float().log_softmax(dim=-1), reference_logits.float().log_softmax(dim=-1)
-    return (reference.exp() * (reference - current)).sum(dim=-1).mean()
-
-
-def undial(
-    logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor, strength: float
-) -> torch.Tensor:
-    """UNDIAL: cross-entropy to softmax(z_ref - b onehot(y)), arXiv 2402.10052; mean over label tokens.
-
-    z_ref: the model before training, [P, V]. Bounded below by the target's entropy. b -> 0: distillation of the
-    model before training; b -> inf: of that model without the true token. The released code marks -100 as a
-    token and averages over padding and prompt.
-    """
-    lowered = torch.full((target.shape[0], 1), -strength, dtype=torch.float32, device=logits.device)
-    goal = reference_logits.float().scatter_add(1, target[:, None], lowered).softmax(dim=-1)
-    return F.cross_entropy(logits.float(), goal)
-
-
-def ce_u(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """CE-U: cross-entropy to softmax(z with z_y = -inf), the target detached, arXiv 2503.01224; mean over label tokens.
-
-    Its gradient by z_y is p, so it fades as the true token does. The authors' code leaves out the first label token
-    of each answer; here every label token counts, as with the other objectives.
-    """
-    goal = logits.detach().float().scatter(1, target[:, None], float("-inf")).softmax(dim=-1)
-    return F.cross_entropy(logits.float(), goal)
-
-
 def wga(nll: torch.Tensor, beta: float) -> torch.Tensor:
     """Weighted gradient ascent: p^b log p, weights detached, arXiv 2502.19301; mean over label tokens.
 
@@ -148,14 +109,52 @@ def satimp(nll: torch.Tensor, beta1: float, beta2: float) -> torch.Tensor:
     return -(weight * nll).mean()
 
 
+# Of the logits of single tokens, a value for each: [P] fp32, so that the head may run a few positions at a time
+# (seuf_core.moe.head). The loss is their mean over the label tokens of the batch.
+
+
+def kl(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
+    """KL(reference || current) over the vocabulary: what the model before training says, kept.
+
+    Both [P, V]; only differences of logits count, so log-probabilities do as well. The released
+    code of open-unlearning averages over padding and prompt too.
+    """
+    current, reference = logits.float().log_softmax(dim=-1), reference_logits.float().log_softmax(dim=-1)
+    return (reference.exp() * (reference - current)).sum(dim=-1)
+
+
+def undial(
+    logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor, strength: float
+) -> torch.Tensor:
+    """UNDIAL: cross-entropy to softmax(z_ref - b onehot(y)), arXiv 2402.10052.
+
+    z_ref: the model before training, [P, V]. Bounded below by the target's entropy. b -> 0: distillation of the
+    model before training; b -> inf: of that model without the true token. The released code marks -100 as a
+    token and averages over padding and prompt.
+    """
+    lowered = torch.full((target.shape[0], 1), -strength, dtype=torch.float32, device=logits.device)
+    goal = reference_logits.float().scatter_add(1, target[:, None], lowered).softmax(dim=-1)
+    return F.cross_entropy(logits.float(), goal, reduction="none")
+
+
+def ce_u(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """CE-U: cross-entropy to softmax(z with z_y = -inf), the target detached, arXiv 2503.01224.
+
+    Its gradient by z_y is p, so it fades as the true token does. The authors' code leaves out the first label token
+    of each answer; here every label token counts, as with the other objectives.
+    """
+    goal = logits.detach().float().scatter(1, target[:, None], float("-inf")).softmax(dim=-1)
+    return F.cross_entropy(logits.float(), goal, reduction="none")
+
+
 def pdu(logits: torch.Tensor) -> torch.Tensor:
-    """PDU's forget term: (max z - mean z)^2 over the vocabulary, arXiv 2506.05314; mean over label tokens.
+    """PDU's forget term: (max z - mean z)^2 over the vocabulary, arXiv 2506.05314.
 
     0 where the model says every token alike. The released code averages over prompt and padding positions too,
     and its bound on the retain loss is 0 by default, which no model meets: see DualWeight for ours.
     """
     z = logits.float()
-    return (z.amax(dim=-1) - z.mean(dim=-1)).square().mean()
+    return (z.amax(dim=-1) - z.mean(dim=-1)).square()
 
 
 # Of hidden states and routers: mean over the real tokens of a mask.

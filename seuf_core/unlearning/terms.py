@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from seuf_core.data.batches import Batch, Encoded, collate
+from seuf_core.data.batches import Encoded, collate
 from seuf_core.method import Method
 from seuf_core.moe.routing import Routing
 from seuf_core.unlearning import losses
@@ -43,6 +43,10 @@ class Objective(Protocol):
         """Go on from `state`; an empty one is the beginning."""
         ...
 
+    def halve(self, forget: Sequence[int], retain: Sequence[int]) -> bool:
+        """Take half the memory for such a step; False when it takes the least already (`Forward.halve`)."""
+        ...
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -56,18 +60,36 @@ class TrainingData:
     retain: list[Encoded]
     alternatives: list[Encoded] = field(default_factory=list)
 
-    def batch(self, forget: Sequence[int], retain: Sequence[int], alternatives: Sequence[int] = ()) -> Batch:
-        """One padded batch: the forget rows, then the retain rows, then the alternatives."""
+    def rows(
+        self, forget: Sequence[int], retain: Sequence[int], alternatives: Sequence[int] = ()
+    ) -> list[Encoded]:
+        """The sequences of one step: of forget, then of retain, then the alternatives."""
         parts = ((self.forget, forget), (self.retain, retain), (self.alternatives, alternatives))
-        return collate([rows[index] for rows, indices in parts for index in indices])
+        return [rows[index] for rows, indices in parts for index in indices]
 
 
 def anchor_of(
-    routing: Routing, anchored: dict[int, tuple[int, ...]], batch: Batch, num_forget: int
+    routing: Routing,
+    anchored: dict[int, tuple[int, ...]],
+    pieces: Sequence[Sequence[Encoded]],
+    num_forget: int,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Sum over target layers of the anchor on the forget rows (the first of the batch); 0 without a trained router."""
-    total = torch.zeros((), device=batch.input_ids.device)
-    real = batch.attention_mask[:num_forget].bool().flatten()
+    """Sum over target layers of the anchor on the forget sequences; 0 without a trained router.
+
+    Args:
+        routing: of all pieces, joined; pieces: the sequences of each padded batch of the pass
+            (`seuf_core.moe.forward.Forward.pieces`); num_forget: how many of them, the first, are forget sequences.
+    """
+    total = torch.zeros((), device=device)
+    if not anchored:
+        return total
+    masks = [collate(piece).attention_mask.bool() for piece in pieces]
+    done = 0
+    for mask in masks:
+        mask[max(0, num_forget - done) :] = False
+        done += len(mask)
+    real = torch.cat([mask.flatten() for mask in masks]).to(device)
     for layer, experts in anchored.items():
-        total = total + losses.anchor(routing.scores(layer)[: real.numel()], experts, real)
+        total = total + losses.anchor(routing.scores(layer), experts, real)
     return total

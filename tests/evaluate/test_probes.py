@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from seuf_core.data.batches import Encoded
-from seuf_core.data.records import Example, Probe
+from seuf_core.data.records import Example, Probe, probe_of
 from seuf_core.evaluate.probes import (
     EncodedProbe,
     ProbeScore,
     encode_probes,
-    probe_of,
     score_probes,
     summarise,
 )
+from seuf_core.moe.forward import Forward
+from seuf_core.moe.view import moe_view
 from tests import tiny
 
 
@@ -35,7 +36,7 @@ def test_choice_is_the_highest_mean_log_probability() -> None:
     model, tokenizer = tiny.build_model("qwen2_moe"), tiny.build_tokenizer()
     choices = (" Fe", " Copper", " Q", " zz top")
     probes = [probe(i, choices, i % 4) for i in range(8)]
-    scores = score_probes(model, encode_probes(tokenizer, probes, 64), tokens_per_batch=70)
+    scores = score_probes(Forward(moe_view(model)), encode_probes(tokenizer, probes, 64), tokens_per_batch=70)
     assert {s.chose_right for s in scores} == {True, False}
     for p, score in zip(probes, scores, strict=True):
         by_hand = torch.tensor([mean_log_prob(model, p.prompt, c) for c in choices])
@@ -58,7 +59,9 @@ def test_open_answer_is_what_greedy_decoding_says() -> None:
     said = generated[0, prompt["input_ids"].shape[1] :].tolist()
     [encoded] = encode_probes(tokenizer, [probe(0, (" Paris", " Rome"), 0, "The capital of France is")], 64)
     other = [*said[:-1], (said[-1] + 1) % tiny.VOCAB_SIZE]
-    right, wrong = score_probes(model, [with_answer(encoded, said), with_answer(encoded, other)])
+    right, wrong = score_probes(
+        Forward(moe_view(model)), [with_answer(encoded, said), with_answer(encoded, other)]
+    )
     assert right.open_right
     assert not wrong.open_right
 
@@ -73,14 +76,14 @@ def test_only_the_true_choice_is_the_open_answer(answer: int) -> None:
     p = probe(0, (" a", " b"), answer)
     for place in (0, 1):
         sequences = (right, wrong) if place == 0 else (wrong, right)
-        [score] = score_probes(model, [EncodedProbe(p, sequences)])
+        [score] = score_probes(Forward(moe_view(model)), [EncodedProbe(p, sequences)])
         assert score.open_right == (place == answer)
 
 
 def test_a_tie_is_not_knowing() -> None:
     model = tiny.build_model("olmoe")
     twin = Encoded([5, 6, 7], 1, False)
-    [score] = score_probes(model, [EncodedProbe(probe(0, (" a", " b"), 1), (twin, twin))])
+    [score] = score_probes(Forward(moe_view(model)), [EncodedProbe(probe(0, (" a", " b"), 1), (twin, twin))])
     assert (score.chose_right, score.ranked_last) == (False, False)
     assert score.probability == pytest.approx(0.5)
 
@@ -90,7 +93,7 @@ def test_a_broken_model_has_no_probability(choices: tuple[str, ...]) -> None:
     model, tokenizer = tiny.build_model("olmoe"), tiny.build_tokenizer()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    [score] = score_probes(model, encode_probes(tokenizer, [probe(0, choices, 0)], 64))
+    [score] = score_probes(Forward(moe_view(model)), encode_probes(tokenizer, [probe(0, choices, 0)], 64))
     assert score.probability != score.probability
     assert not score.chose_right or len(choices) == 1
 
@@ -98,7 +101,10 @@ def test_a_broken_model_has_no_probability(choices: tuple[str, ...]) -> None:
 def test_scores_do_not_depend_on_how_probes_are_batched() -> None:
     model, tokenizer = tiny.build_model("mixtral"), tiny.build_tokenizer()
     probes = encode_probes(tokenizer, [probe(i, (" a", " bcd", " efghij"), i % 3) for i in range(9)], 64)
-    one, many = score_probes(model, probes, tokens_per_batch=1), score_probes(model, probes)
+    one, many = (
+        score_probes(Forward(moe_view(model)), probes, tokens_per_batch=1),
+        score_probes(Forward(moe_view(model)), probes),
+    )
     assert [s.chose_right for s in one] == [s.chose_right for s in many]
     assert [s.probability for s in one] == pytest.approx([s.probability for s in many], rel=1e-4)
 
@@ -106,7 +112,9 @@ def test_scores_do_not_depend_on_how_probes_are_batched() -> None:
 def test_an_example_without_choices_is_measured_by_its_likelihood() -> None:
     model, tokenizer = tiny.build_model("olmoe"), tiny.build_tokenizer()
     example = Example("e", "Iron is", " heavy", "e", "")
-    score = score_probes(model, encode_probes(tokenizer, [probe_of(example, "forget")], 64))[0]
+    score = score_probes(
+        Forward(moe_view(model)), encode_probes(tokenizer, [probe_of(example, "forget")], 64)
+    )[0]
     assert score.probability == pytest.approx(
         torch.tensor(mean_log_prob(model, "Iron is", " heavy")).exp().item(), rel=1e-4
     )
@@ -133,7 +141,10 @@ def test_sets_and_domains_are_summed_apart() -> None:
     kinds = [("forget", "a"), ("forget", "b"), ("retain", "a"), ("forget", "a")]
     probes = encode_probes(
         tokenizer,
-        [Probe(f"p{i}", "?", (" x", " y"), 0, f"f{i}", domain, side) for i, (side, domain) in enumerate(kinds)],  # type: ignore[arg-type]
+        [
+            Probe(f"p{i}", "?", (" x", " y"), 0, f"f{i}", domain, side)
+            for i, (side, domain) in enumerate(kinds)
+        ],  # type: ignore[arg-type]
         64,
     )
     scores = [ProbeScore(right, False, False, 0.5) for right in (True, False, True, False)]

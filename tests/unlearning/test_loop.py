@@ -17,6 +17,7 @@ import torch
 from seuf_core.data.batches import batch_indices
 from seuf_core.errors import Cancelled
 from seuf_core.method import Method
+from seuf_core.moe.forward import Forward
 from seuf_core.moe.view import moe_view
 from seuf_core.observer import Silent
 from seuf_core.unlearning.loop import Run, train_rung
@@ -80,7 +81,7 @@ def make_run(
         method=method,
         trainable=trainable,
         initial=snapshot(trainable),
-        objective=wrap(build_objective(view, method, data, {} if whole else TARGETS)),
+        objective=wrap(build_objective(Forward(view), method, data, {} if whole else TARGETS)),
         evaluate=evaluate,
         base=BASE,
         sizes=(len(FORGET), len(RETAIN)),
@@ -192,7 +193,8 @@ class Wrapped:
     def __init__(
         self, objective: Objective, terms_of: Callable[[Sequence[int], Sequence[int]], Terms]
     ) -> None:
-        self._terms_of, self.state, self.load_state = terms_of, objective.state, objective.load_state
+        self._terms_of, self.halve = terms_of, objective.halve
+        self.state, self.load_state = objective.state, objective.load_state
 
     def __call__(self, forget: Sequence[int], retain: Sequence[int]) -> Terms:
         return self._terms_of(forget, retain)

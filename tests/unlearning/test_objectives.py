@@ -19,8 +19,10 @@ from seuf_core import method as methods
 from seuf_core.data.batches import Encoded, collate
 from seuf_core.errors import MethodError
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
+from seuf_core.moe import forward
+from seuf_core.moe.forward import Forward
 from seuf_core.moe.view import MoEView, moe_view
-from seuf_core.unlearning import likelihood, losses, terms
+from seuf_core.unlearning import hidden, likelihood, losses
 from seuf_core.unlearning.objectives import Objective, TrainingData, build_objective
 from seuf_core.unlearning.scopes import ExpertScope
 from tests import tiny
@@ -63,7 +65,7 @@ def build(
     chosen = method(objective, **fields)
     alternatives = ALTERNATIVES[: len(forget)] if objective == "dpo" else []
     data = TrainingData(forget, retain, alternatives)
-    return view, chosen, build_objective(view, chosen, data, targets)
+    return view, chosen, build_objective(Forward(view), chosen, data, targets)
 
 
 def shaken(view: MoEView) -> MoEView:
@@ -254,10 +256,10 @@ def test_a_base_that_nothing_looks_at_is_not_run(name: str) -> None:
     """Passes over the forget part only where its likelihoods or states are a reference; none over retain."""
     passes: list[int] = []
     view = moe_view(tiny.build_model("qwen2_moe"))
-    view.model.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    view.model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
     chosen = method(name, retain_loss="cross_entropy" if name == "pdu" else "none")
     alternatives = ALTERNATIVES if name == "dpo" else []
-    build_objective(view, chosen, TrainingData(FORGET, RETAIN, alternatives), TARGETS)
+    build_objective(Forward(view), chosen, TrainingData(FORGET, RETAIN, alternatives), TARGETS)
     # 5 forget or 4 retain examples in batches of 2; dpo takes the alternatives too
     expected = {"npo": 3, "dpo": 6, "undial": 3, "rmu": 3, "adaptive_rmu": 3, "pdu": 2}
     assert len(passes) == expected.get(name, 0)
@@ -324,7 +326,8 @@ def test_padding_changes_no_term(name: str, retain_loss: str, monkeypatch: pytes
     assert float(padded.retain.detach()) != pytest.approx(float(short.retain.detach()), rel=1e-3)
     alone, beside = terms_of([0], [2]), terms_of([0, 1], [2])  # 11 tokens beside 4 and 3
     close(beside.retain, alone.retain.detach())
-    monkeypatch.setattr(terms, "collate", partial(collate, pad_token_id=77))
+    for module in (forward, hidden):
+        monkeypatch.setattr(module, "collate", partial(collate, pad_token_id=77), raising=False)
     filled = terms_of(PICKED, KEPT)
     for part in ("forget", "retain", "anchor"):
         close(getattr(filled, part), getattr(short, part).detach())
@@ -332,20 +335,20 @@ def test_padding_changes_no_term(name: str, retain_loss: str, monkeypatch: pytes
 
 @pytest.mark.parametrize(("name", "retain_loss"), BOTH_TERMS)
 def test_what_stands_where_no_label_is_predicted_changes_no_term(name: str, retain_loss: str) -> None:
-    """Logits and states of prompt, padding and last positions are replaced by large noise; those of labels are not."""
+    """The last states of prompt, padding and last positions are replaced by large noise; those of labels are not."""
     view, _, terms_of = build(name, retain_loss=retain_loss)
     shaken(view)
     alternatives = PICKED if name == "dpo" else []
-    data = TrainingData(FORGET, RETAIN, ALTERNATIVES if name == "dpo" else [])
-    free = ~data.batch(PICKED, KEPT, alternatives).predicts_label()
+    data = TrainingData(FORGET, RETAIN, ALTERNATIVES)
+    free = ~collate(data.rows(PICKED, KEPT, alternatives)).predicts_label()
     assert 0 < int(free.sum()) < free.numel()
     plain = terms_of(PICKED, KEPT)
 
     def spoil(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
         return torch.where(free[..., None], 1e3 * torch.randn(output.shape), output)
 
-    decoder = view.model.get_decoder()
-    (decoder.layers[1] if name in HIDDEN_STATE_OBJECTIVES else decoder.norm).register_forward_hook(spoil)
+    last = 1 if name in HIDDEN_STATE_OBJECTIVES else -1
+    view.model.get_decoder().layers[last].register_forward_hook(spoil)
     spoiled = terms_of(PICKED, KEPT)
     close(spoiled.forget, plain.forget.detach())
     close(spoiled.retain, plain.retain.detach())
@@ -356,29 +359,16 @@ def test_each_example_is_compared_with_itself(name: str) -> None:
     """Any order of the rows and any split into batches gives the same references."""
     view, _, terms_of = build(name)
     shaken(view)
-    forward, backward = terms_of(PICKED, KEPT), terms_of(PICKED[::-1], KEPT[::-1])
-    close(backward.forget, forward.forget.detach())
-    close(backward.retain, forward.retain.detach())
+    found, backward = terms_of(PICKED, KEPT), terms_of(PICKED[::-1], KEPT[::-1])
+    close(backward.forget, found.forget.detach())
+    close(backward.retain, found.retain.detach())
     again, _, _ = build(name)
     large = Method(objective=name, batch_size=64)  # type: ignore[arg-type]
     data = TrainingData(FORGET, RETAIN, ALTERNATIVES if name == "dpo" else [])
-    other = build_objective(again, large, data, TARGETS)
+    other = build_objective(Forward(again), large, data, TARGETS)
     shaken(again)
-    close(other(PICKED, KEPT).forget, forward.forget.detach())
-    close(other(PICKED, KEPT).retain, forward.retain.detach())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference_logits_take_the_bytes_they_are_said_to(dtype: torch.dtype) -> None:
-    """P * V * 4 or 2, on the CPU, without padding: the logits themselves, not rounded."""
-    view, _, terms_of = build("undial", retain_loss="kl", dtype=dtype)
-    for part, reference in ((FORGET, terms_of._forget), (RETAIN, terms_of._retain)):  # type: ignore[attr-defined]
-        kept = reference.logits
-        assert [len(logits) for logits in kept] == [len(row.input_ids) - row.labels_from for row in part]
-        assert {logits.dtype for logits in kept} == {dtype}
-        label_tokens = sum(len(logits) for logits in kept)
-        size = sum(logits.untyped_storage().nbytes() for logits in kept)
-        assert size == label_tokens * view.model.config.vocab_size * dtype.itemsize
+    close(other(PICKED, KEPT).forget, found.forget.detach())
+    close(other(PICKED, KEPT).retain, found.retain.detach())
 
 
 def test_every_name_of_the_method_is_in_one_table() -> None:
@@ -389,14 +379,14 @@ def test_every_name_of_the_method_is_in_one_table() -> None:
 def test_dpo_needs_an_alternative_for_each_forget_sequence() -> None:
     view = moe_view(tiny.build_model("qwen2_moe"))
     with pytest.raises(MethodError, match="5 forget sequences, and has 4") as caught:
-        build_objective(view, method("dpo"), TrainingData(FORGET, RETAIN, ALTERNATIVES[:4]), TARGETS)
+        build_objective(Forward(view), method("dpo"), TrainingData(FORGET, RETAIN, ALTERNATIVES[:4]), TARGETS)
     assert caught.value.code == "alternatives_required"
 
 
 def test_pdu_needs_a_retain_set() -> None:
     view = moe_view(tiny.build_model("qwen2_moe"))
     with pytest.raises(MethodError, match="pdu") as caught:
-        build_objective(view, method("pdu"), TrainingData(FORGET, []), TARGETS)
+        build_objective(Forward(view), method("pdu"), TrainingData(FORGET, []), TARGETS)
     assert caught.value.code == "retain_set_required"
 
 

@@ -16,6 +16,7 @@ import torch
 from seuf_core.data.batches import collate
 from seuf_core.errors import Cancelled
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
+from seuf_core.moe.forward import Forward
 from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.unlearning import losses
 from seuf_core.unlearning.loop import train_rung
@@ -107,7 +108,7 @@ def test_it_trains_and_moves_what_it_claims(
         method=method,
         trainable=trainable,
         initial=snapshot(trainable),
-        objective=build_objective(view, method, data, targets),
+        objective=build_objective(Forward(view), method, data, targets),
         evaluate=lambda: BASE,
     )
     claim = CLAIMS.get(name, lambda view: -forgotten_nll(view))

@@ -14,6 +14,7 @@ import torch
 from seuf_core.errors import Cancelled, MethodError, ModelError
 from seuf_core.method import Method, Scope
 from seuf_core.moe.disk import all_tensors
+from seuf_core.moe.forward import Forward
 from seuf_core.moe.routing import capture_routing
 from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.unlearning.loop import Run, train_rung
@@ -81,7 +82,7 @@ def make_run(
         method=method,
         trainable=trainable,
         initial=snapshot(trainable),
-        objective=build_objective(view, method, TrainingData(FORGET, RETAIN), targets),
+        objective=build_objective(Forward(view), method, TrainingData(FORGET, RETAIN), targets),
     )
     return run, view
 
@@ -194,7 +195,7 @@ def test_a_bf16_model_takes_a_step(scope: str, router: str) -> None:
     trainable = build(view, method, targets)
     initial = snapshot(trainable)
     objective = build_objective(
-        view, method, TrainingData(FORGET, RETAIN), targets if method.selects_experts else {}
+        Forward(view), method, TrainingData(FORGET, RETAIN), targets if method.selects_experts else {}
     )
     optimizer = torch.optim.AdamW(trainable.named_parameters().values(), lr=1e-2, weight_decay=0.0)
     with trainable.attached():
