@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import attribute, files, jobs, keys, models, reference, run, up
+from cli import attribute, files, jobs, keys, models, plan, reference, run, up
 from cli.errors import explain
 from cli.method import MethodCommand
 
@@ -63,6 +63,11 @@ app.command(
     cls=MethodCommand,
     epilog=_example("seuf run --model ./model --forget forget.jsonl --retain retain.jsonl --out unlearned"),
 )(run.run)
+app.command(
+    "plan",
+    cls=MethodCommand,
+    epilog=_example("seuf plan --model ./model --forget forget.jsonl --retain retain.jsonl --memory 6GB"),
+)(plan.plan)
 app.command(
     "attribute",
     cls=MethodCommand,

@@ -19,6 +19,13 @@ Limit = Annotated[int, typer.Option(min=1, max=100, help="Entries at most.")]
 Model = Annotated[Path, typer.Option(help="Folder of the base model; it is only read.")]
 Forget = Annotated[Path, typer.Option(help="What to forget (JSON Lines).")]
 Retain = Annotated[Path | None, typer.Option(help="What to keep (JSON Lines).")]
+Evaluation = Annotated[Path | None, typer.Option(help="Probes for both (JSON Lines).")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SEUF_MEMORY", help="Memory the run may use; default: what is free.", metavar="SIZE, e.g. 6GB"
+    ),
+]
 Heatmap = Annotated[
     Path | None, typer.Option(help="File to draw the scores to: layer x expert (SVG).", metavar="FILE.svg")
 ]

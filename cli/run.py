@@ -20,7 +20,7 @@ def run(
     forget: options.Forget,
     out: Annotated[Path, typer.Option(help="Folder to create for the unlearned model.")],
     retain: options.Retain = None,
-    evaluation: Annotated[Path | None, typer.Option(help="Probes for both (JSON Lines).")] = None,
+    evaluation: options.Evaluation = None,
     work: Annotated[
         Path | None,
         typer.Option(

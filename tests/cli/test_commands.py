@@ -10,7 +10,8 @@ from seuf_core.method import Splits
 from tests.shell import write_sets
 
 COMMANDS = {
-    *("up", "submit", "watch", "get", "list", "cancel", "download", "run", "attribute", "reference build"),
+    *("up", "submit", "watch", "get", "list", "cancel", "download", "run", "plan", "attribute"),
+    "reference build",
     *("models add", "models list", "files upload", "files list", "keys create", "keys list", "keys revoke"),
 }
 

@@ -1,0 +1,197 @@
+"""What this machine does with a model, measured in a few seconds: a layer of its own, its head, its files.
+
+No random state is touched and the model is left as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from seuf_core.checkpoint.reader import CheckpointReader
+from seuf_core.data.batches import Encoded, collate
+from seuf_core.moe.passes import Flow, Route, embed, run_layer, tail
+from seuf_core.moe.skeleton import open_model
+from seuf_core.moe.view import MoEView
+from seuf_core.plan.facts import USABLE, Calibration, ModelShape, model_shape
+from seuf_core.plan.measure import anonymous_bytes, io_counters
+
+# Tokens of the two passes through a layer: what both cost is its own, what the larger costs more is its tokens'.
+FEW, MANY = 32, 256
+SEQUENCE = 64
+POSITIONS = 128
+# Any token will do: routers of a real model spread even these.
+FEWEST_WORDS = 128
+READ_BYTES = 256 << 20
+WRITE_BYTES = 32 << 20
+# The best of so many: what else the machine did meanwhile is no part of a job.
+REPEATS = 2
+
+
+def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path, baseline: int) -> Calibration:
+    """Measure a machine on a model.
+
+    Memory: one layer and the activations of 256 tokens in it, forward and backward.
+
+    Args:
+        view: of the model, on the device that will be used; any of its layers may be loaded.
+        folder: of the model; at most 256 MB of it are read, spread over all layers.
+        work: where a file of 32 MB is written and deleted.
+        baseline: anonymous memory before the model was opened (measure.anonymous_bytes).
+    """
+    read_rate, cached = _read_rate(folder)
+    layer = _layer(view)
+    flops = shape.flops(layer)
+    view.model.requires_grad_(False)
+    with view.weights.loaded(layer):
+        forward = [_seconds(_forward(view, layer, n)) for n in (FEW, MANY)]
+        both = [_seconds(_both_ways(view, layer, n)) for n in (FEW, MANY)]
+    layer_seconds, layer_rate = _line(forward, flops)
+    backward_seconds, backward_rate = _line(both, 2 * flops)
+    return Calibration(
+        layer_rate=layer_rate,
+        layer_seconds=layer_seconds,
+        backward_rate=backward_rate,
+        backward_seconds=backward_seconds,
+        head_rate=POSITIONS * shape.head_flops / _head_seconds(view, shape.width),
+        step_rate=_step_rate(max(shape.expert, 1 << 16), view.model.device),
+        read_rate=read_rate,
+        write_rate=_write_rate(work),
+        cached=cached,
+        baseline_bytes=baseline or anonymous_bytes(),
+        device=str(view.model.device),
+    )
+
+
+def _layer(view: MoEView) -> int:
+    """A sparse layer from the middle; of a family whose layers hand something on, the first, which needs nothing."""
+    if view.family.carries is not None:
+        return 0
+    indices = view.layer_indices or range(view.num_layers)
+    return indices[len(indices) // 2]
+
+
+def _begin(view: MoEView, tokens: int) -> tuple[Flow, Route]:
+    size = min(tokens, SEQUENCE)
+    rows = [
+        Encoded([(first + place * 7919) % FEWEST_WORDS for place in range(size)], 1, truncated=False)
+        for first in range(0, tokens, size)
+    ]
+    return embed(view, collate(rows).to(view.model.device))
+
+
+@torch.no_grad()
+def _forward(view: MoEView, layer: int, tokens: int) -> Callable[[], None]:
+    flow, routed = _begin(view, tokens)
+
+    @torch.no_grad()
+    def run() -> None:
+        run_layer(view, layer, flow, routed)
+
+    return run
+
+
+def _both_ways(view: MoEView, layer: int, tokens: int) -> Callable[[], None]:
+    with torch.no_grad():
+        flow, routed = _begin(view, tokens)
+
+    def run() -> None:
+        states = flow.states.detach().clone().requires_grad_()
+        run_layer(view, layer, Flow(states, flow.carried), routed).states.float().sum().backward()
+
+    return run
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    """The best of a few runs after one that warms up."""
+    taken = []
+    for _ in range(REPEATS + 1):
+        _wait()
+        since = time.perf_counter()
+        run()
+        _wait()
+        taken.append(time.perf_counter() - since)
+    return min(taken[1:])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _line(seconds: Sequence[float], flops: int) -> tuple[float, float]:
+    """Seconds of a call whatever its tokens, and FLOP/s beyond: the line through both passes."""
+    few, many = seconds
+    each = max((many - few) / (MANY - FEW), many / MANY / 10)
+    return max(0.0, many - MANY * each), flops / each
+
+
+def _head_seconds(view: MoEView, width: int) -> float:
+    states = torch.ones(POSITIONS, width, dtype=view.model.dtype, device=view.model.device)
+
+    @torch.no_grad()
+    def run() -> None:
+        tail(view, states)
+
+    return _seconds(run)
+
+
+def _step_rate(elements: int, device: torch.device) -> float:
+    leaf = torch.nn.Parameter(torch.ones(min(elements, 1 << 22), device=device))
+    leaf.grad = torch.ones_like(leaf)
+    optimizer = torch.optim.AdamW([leaf], lr=1e-4, weight_decay=0.0)
+
+    def run() -> None:
+        optimizer.step()
+
+    return leaf.numel() / _seconds(run)
+
+
+def _read_rate(folder: Path) -> tuple[float, bool]:
+    """Bytes/s of tensors from all over the files, and whether most of them came from the page cache."""
+    before, read, taken = io_counters(), 0, 0.0
+    with CheckpointReader(folder) as reader:
+        records = list(reader.index.tensors.values())
+        every = max(1, sum(record.bytes for record in records) // READ_BYTES)
+        for record in records[::every]:
+            if read >= READ_BYTES:
+                break
+            since = time.perf_counter()
+            reader.tensor(record.name)
+            taken += time.perf_counter() - since
+            read += record.bytes
+    fetched = io_counters().get("read_bytes", 0) - before.get("read_bytes", 0)
+    return read / max(taken, 1e-9), fetched < read / 2
+
+
+def _write_rate(work: Path) -> float:
+    work.mkdir(parents=True, exist_ok=True)
+    content = bytes(WRITE_BYTES)
+    with tempfile.TemporaryFile(dir=work) as file:
+        since = time.perf_counter()
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return WRITE_BYTES / (time.perf_counter() - since)
+
+
+def calibrate_model(folder: Path, device: torch.device | str | None = None) -> Calibration:
+    """Open a model without its layers and measure this machine on it; see `calibrate`.
+
+    Raises:
+        ModelError: as `seuf_core.moe.skeleton.open_model` does.
+    """
+    baseline = anonymous_bytes()
+    view = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return calibrate(view, folder, model_shape(folder), Path(tempfile.gettempdir()), baseline)
+
+
+def accelerators() -> dict[str, int]:
+    """Name -> bytes that a job may have of each accelerator that torch sees."""
+    free = {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())}
+    return {name: int(USABLE * size) for name, size in free.items()}

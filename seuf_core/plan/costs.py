@@ -1,0 +1,129 @@
+"""The formulas of a plan: bytes that are in memory together, floating-point operations, and the seconds they take.
+
+Torch-free. Letters: T tokens of a pass, P label positions, H hidden size, I expert intermediate, K experts a token,
+V vocabulary, b bytes of a number of the model (2 or 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from seuf_core.plan.facts import Calibration, ModelShape
+
+# Padded tokens of a pass without gradients over a whole set (attribution, constants, probes).
+TOKENS_PER_PASS = 2048
+# Padded tokens of a pass with gradients through the whole model (the score `gradient`).
+TOKENS_PER_BACKWARD = 1024
+# Positions that go through the head together (seuf_core.moe.head).
+HEAD_CHUNK = 128
+
+# What follows was measured with torch 2.13 on a CPU, see docs/how-to/plan-a-job.md: what the allocator keeps and
+# kernels use by themselves cannot be derived.
+# Numbers of size H that live at once inside one layer for each token, beside the experts' own: residual, normed
+# states in fp32 and in b, queries, keys, values, attention output.
+FORWARD_STATES = 8
+# The same, kept for the backward pass.
+KEPT_STATES = 9
+# Bytes of a position's logits beside the logits themselves: fp32 copy, softmax, gradient in fp32.
+LOGIT_BYTES = 12
+
+
+def forward_bytes(shape: ModelShape, tokens: int) -> int:
+    """Activations inside one decoder layer without gradients, at their peak: T * (b * (8 H + K (2 H + 3 I)) + 44 E).
+
+    Of each (token, expert) pair the grouped product holds its input, gate and up, their product and its output; the
+    router's scores take 44 bytes an expert while they are summed up (seuf_core.attribution.statistics).
+    """
+    routed = shape.num_experts_per_tok * (2 * shape.width + 3 * shape.intermediate)
+    return tokens * (shape.number * (FORWARD_STATES * shape.width + routed) + 44 * shape.num_experts)
+
+
+def kept_bytes(shape: ModelShape, tokens: int) -> int:
+    """What one decoder layer keeps for a backward pass through activations: T * b * (9 H + K (H + 3 I)).
+
+    Weights are frozen, so a product keeps no input; what is kept are the norms' inputs, what attention and the gate's
+    product multiply, and the weighted outputs of the experts.
+    """
+    routed = shape.num_experts_per_tok * (shape.width + 3 * shape.intermediate)
+    return tokens * shape.number * (KEPT_STATES * shape.width + routed)
+
+
+def head_bytes(shape: ModelShape, positions: int) -> int:
+    """Logits of a chunk of positions and their graph: C * V * (b + 12), C at most 128."""
+    return min(positions, HEAD_CHUNK) * shape.vocabulary * (shape.number + LOGIT_BYTES)
+
+
+def states_bytes(shape: ModelShape, tokens: int) -> int:
+    """Hidden states of so many tokens: T * H * b."""
+    return tokens * shape.width * shape.number
+
+
+def trained_bytes(elements: int, number: int = 4) -> int:
+    """What n trained numbers take while they are trained, 9 numbers each.
+
+    Value, gradient and the two moments of AdamW; the value before training and that of the best step; and the last
+    training checkpoint: value and both moments. While one is taken the one before it is still there: 3 more.
+    """
+    return 12 * number * elements
+
+
+@dataclass
+class Work:
+    """What a phase computes: calls of a decoder layer, operations by kind, and bytes read while it computes.
+
+    calls, flops: of layers, forward only. backward_calls, backward_flops: of layers that are run forward and
+    backward, the flops counted once for each direction. head_flops: of the output head. moved: numbers that the
+    optimiser moves. read: bytes of weights from disk; first: of these, what nothing is computed behind.
+    written: bytes to disk.
+    """
+
+    calls: int = 0
+    flops: int = 0
+    backward_calls: int = 0
+    backward_flops: int = 0
+    head_flops: int = 0
+    moved: int = 0
+    read: int = 0
+    first: int = 0
+    written: int = 0
+
+    def layers(self, shape: ModelShape, layers: Iterable[int], tokens: int, passes: int = 1) -> None:
+        """Add: these layers run over so many tokens, in `passes` calls each."""
+        for layer in layers:
+            self.calls += passes
+            self.flops += tokens * shape.flops(layer)
+
+    def both_ways(
+        self, shape: ModelShape, layers: Iterable[int], tokens: int, passes: int, times: int
+    ) -> None:
+        """Add: `times` steps that run these layers over so many tokens forward and backward."""
+        for layer in layers:
+            self.backward_calls += times * passes
+            self.backward_flops += times * 2 * tokens * shape.flops(layer)
+
+    @property
+    def all_flops(self) -> int:
+        """Of layers and head, in both directions."""
+        return self.flops + self.backward_flops + self.head_flops
+
+    def seconds(self, rates: Calibration) -> float:
+        """Reading is hidden behind computing but for the first layer; writing is not.
+
+        max(compute, read - first) + first + write, with compute = calls * fixed + flops / rate of each kind.
+        """
+        computing = (
+            self.calls * rates.layer_seconds
+            + self.flops / rates.layer_rate
+            + self.backward_calls * rates.backward_seconds
+            + self.backward_flops / rates.backward_rate
+            + self.head_flops / rates.head_rate
+            + self.moved / rates.step_rate
+        )
+        behind = (self.read - self.first) / rates.read_rate
+        return max(computing, behind) + self.first / rates.read_rate + self.written / rates.write_rate
+
+
+def passes(tokens: int, per_pass: int = TOKENS_PER_PASS) -> int:
+    """How many passes so many tokens are."""
+    return -(-tokens // per_pass)

@@ -1,0 +1,195 @@
+"""What a job really read, held and took, phase by phase: the plan's other half. Torch-free; memory and bytes on Linux.
+
+Memory is anonymous memory of the process (RssAnon): mapped files, which the kernel drops when it likes, are not in it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from seuf_core.plan.planner import Plan
+
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass
+class Measured:
+    """One phase as it went.
+
+    bytes_read, bytes_written: through system calls, from the page cache too. from_disk: of these, what was fetched from
+    storage. peak_bytes: of anonymous memory, looked at every 20 ms. device_bytes: the most that was allocated on an
+    accelerator; None on a CPU.
+    """
+
+    name: str
+    seconds: float = 0.0
+    bytes_read: int = 0
+    from_disk: int = 0
+    bytes_written: int = 0
+    peak_bytes: int = 0
+    device_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Actual:
+    """What a job did."""
+
+    phases: tuple[Measured, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the phase that held most."""
+        return max((phase.peak_bytes for phase in self.phases), default=0)
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON, totals included."""
+        totals = {"peak_bytes": self.peak_bytes, "seconds": round(self.seconds, 3)}
+        for name in ("bytes_read", "from_disk", "bytes_written"):
+            totals[name] = sum(getattr(phase, name) for phase in self.phases)
+        return {"phases": [asdict(phase) for phase in self.phases], **totals}
+
+
+class Recorder:
+    """Records a job: one phase after the other, from `phase` to `phase`, until the block ends.
+
+    Costs one thread that reads /proc/self/status every 20 ms.
+
+    Args:
+        device_peak: gives the bytes that were most on the accelerator since it was last called.
+    """
+
+    def __init__(self, device_peak: Callable[[], int] | None = None) -> None:
+        self._device_peak = device_peak
+        self._done: list[Measured] = []
+        self._now: Measured | None = None
+        self._began: tuple[float, dict[str, int]] = (0.0, {})
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="seuf-recorder", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        self._stop.set()
+        self._thread.join()
+
+    def phase(self, name: str) -> None:
+        """The phase before ends, and this one begins; one that comes again is a phase of its own."""
+        self._close()
+        self._began = time.monotonic(), io_counters()
+        self._now = Measured(name, peak_bytes=anonymous_bytes())
+
+    @property
+    def actual(self) -> Actual:
+        """The phases that have ended."""
+        return Actual(tuple(self._done))
+
+    def _close(self) -> None:
+        phase, self._now = self._now, None
+        if phase is None:
+            return
+        since, before = self._began
+        after = io_counters()
+        phase.seconds = round(time.monotonic() - since, 3)
+        phase.bytes_read = after.get("rchar", 0) - before.get("rchar", 0)
+        phase.from_disk = after.get("read_bytes", 0) - before.get("read_bytes", 0)
+        phase.bytes_written = after.get("wchar", 0) - before.get("wchar", 0)
+        phase.peak_bytes = max(phase.peak_bytes, anonymous_bytes())
+        phase.device_bytes = self._device_peak() if self._device_peak else None
+        self._done.append(phase)
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            phase = self._now
+            if phase is not None:
+                phase.peak_bytes = max(phase.peak_bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process; 0 where the kernel does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), "RssAnon: 0")
+    return int(line.split()[1]) * 1024
+
+
+def io_counters() -> dict[str, int]:
+    """What this process read and wrote so far: /proc/self/io, {} where there is none."""
+    try:
+        text = Path("/proc/self/io").read_text(encoding="ascii")
+    except OSError:
+        return {}
+    return {name: int(value) for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan beside what happened: actual over planned, of memory, seconds and bytes; None where one is not known.
+
+    phases: rows {phase, planned_peak, actual_peak, planned_seconds, actual_seconds} of phases that both have. What the
+    plan calls `constants` belongs to `unlearning` where nobody recorded it apart.
+    """
+
+    memory: float | None
+    seconds: float | None
+    bytes_read: float | None
+    bytes_written: float | None
+    phases: tuple[dict[str, Any], ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def compare(plan: Plan, actual: Actual) -> Comparison:
+    """What became of a plan. Seconds and bytes are of the phases that were planned."""
+    names = {phase.name for phase in plan.phases}
+    went = [phase for phase in actual.phases if phase.name in names]
+    measured = {phase.name for phase in went}
+    planned: dict[str, tuple[int, float | None]] = {}
+    for phase in plan.phases:
+        name = "unlearning" if phase.name == "constants" and "constants" not in measured else phase.name
+        peak, seconds = planned.get(name, (0, 0.0))
+        both = None if seconds is None or phase.seconds is None else seconds + phase.seconds
+        planned[name] = max(peak, phase.peak_bytes), both
+    rows = []
+    for name, (peak, seconds) in planned.items():
+        mine = [phase for phase in went if phase.name == name]
+        if mine:
+            rows.append(
+                {
+                    "phase": name,
+                    "planned_peak": peak,
+                    "actual_peak": max(phase.peak_bytes for phase in mine),
+                    "planned_seconds": None if seconds is None else round(seconds, 3),
+                    "actual_seconds": round(sum(phase.seconds for phase in mine), 3),
+                }
+            )
+    return Comparison(
+        memory=_ratio(max((phase.peak_bytes for phase in went), default=0), plan.peak_bytes),
+        seconds=_ratio(sum(phase.seconds for phase in went), plan.seconds),
+        bytes_read=_ratio(sum(phase.bytes_read for phase in went), plan.bytes_read),
+        bytes_written=_ratio(sum(phase.bytes_written for phase in went), plan.bytes_written),
+        phases=tuple(rows),
+    )
+
+
+def _ratio(actual: float, planned: float | None) -> float | None:
+    return round(actual / planned, 4) if planned else None
