@@ -8,8 +8,9 @@ attention and its frozen experts looked up, and then only what lies above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,24 +24,38 @@ from seuf_core.moe.view import MoEView
 TOKENS_PER_PASS = 2048
 
 
+class Constants(Protocol):
+    """What is kept of sequences, filled by `keep_all`."""
+
+    layer: int  # that the kept flows go into
+
+    def keep(self, rows: Sequence[Encoded], flow: Flow, routed: Route) -> None:
+        """Take what flows into the layer, for these sequences in one padded batch; the layer is loaded."""
+        ...
+
+
 @torch.no_grad()
-def flows_into(
-    view: MoEView, layer: int, rows: Sequence[Encoded], tokens: int = TOKENS_PER_PASS
-) -> Iterator[tuple[list[Encoded], Flow, Route]]:
-    """What flows into a decoder layer, a padded batch of like lengths at a time; the layer is loaded meanwhile.
+def keep_all(
+    view: MoEView, wanted: Sequence[tuple[Constants, Sequence[Encoded]]], tokens: int = TOKENS_PER_PASS
+) -> None:
+    """Run all sequences up to a decoder layer and keep what each of `wanted`, which share it, keeps of its own.
 
     One layer after the other runs over all batches, so that each is read once. Memory: one layer (two while the next
     is read), H numbers of the model's dtype for each padded token, and the activations of `tokens` tokens.
     """
-    device = view.model.device
-    parts = list(bucketed(rows, lambda row: len(row.input_ids), tokens))
-    flows = [embed(view, collate(part).to(device)) for part in parts]
-    for index in view.weights.each(range(layer)):
-        for at, (flow, routed) in enumerate(flows):
-            flows[at] = run_layer(view, index, flow, routed), routed
-    with view.weights.loaded(layer):
-        for part, (flow, routed) in zip(parts, flows, strict=True):
-            yield part, flow, routed
+    (layer,) = {constants.layer for constants, _ in wanted}
+    parts = [
+        (constants, part)
+        for constants, rows in wanted
+        for part in bucketed(rows, lambda row: len(row.input_ids), tokens)
+    ]
+    flows = [embed(view, collate(part).to(view.model.device)) for _, part in parts]
+    for index in view.weights.each(range(layer + 1)):
+        for at, ((constants, part), (flow, routed)) in enumerate(zip(parts, flows, strict=True)):
+            if index == layer:
+                constants.keep(part, flow, routed)
+            else:
+                flows[at] = run_layer(view, index, flow, routed), routed
 
 
 class FromStates:
@@ -49,13 +64,15 @@ class FromStates:
     The layer itself runs as the model has it, whatever was changed in it or is forbidden there.
     """
 
-    def __init__(self, view: MoEView, layer: int, rows: Sequence[Encoded], shelf: Shelf) -> None:
-        self.next_layer = layer
+    def __init__(self, view: MoEView, layer: int, shelf: Shelf) -> None:
+        self.layer = self.next_layer = layer
         self._view, self._shelf = view, shelf
         self._kept: dict[int, int] = {}
-        for part, flow, _ in flows_into(view, layer, rows):
-            for row, states in zip(part, flow.states, strict=True):
-                self._kept[id(row)] = shelf.put(states[: len(row.input_ids)])
+
+    def keep(self, rows: Sequence[Encoded], flow: Flow, _routed: Route) -> None:
+        """See `Constants.keep`."""
+        for row, states in zip(rows, flow.states, strict=True):
+            self._kept[id(row)] = self._shelf.put(states[: len(row.input_ids)])
 
     def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """What flowed into the layer, padded."""
@@ -91,26 +108,27 @@ class FrozenRouter:
     target sees 4 * H and twice the widths of what attention and shared experts say.
     """
 
-    def __init__(
-        self, view: MoEView, targets: Mapping[int, tuple[int, ...]], rows: Sequence[Encoded], shelf: Shelf
-    ) -> None:
-        index = min(targets)
-        self.next_layer = index + 1
-        self._view, self._layer, self._shelf = view, StartLayer(view, index), shelf
+    def __init__(self, view: MoEView, targets: Mapping[int, tuple[int, ...]], shelf: Shelf) -> None:
+        self.layer = min(targets)
+        self.next_layer = self.layer + 1
+        self._view, self._run, self._shelf = view, StartLayer(view, self.layer), shelf
+        self._targets = torch.tensor(targets[self.layer])
         self._kept: dict[int, _Moving] = {}
-        for part, flow, routed in flows_into(view, index, rows):
-            watched = self._layer.watch(flow, routed)
-            aimed = torch.isin(watched.index, torch.tensor(targets[index], device=view.model.device))
-            for at, row in enumerate(part):
-                first = at * flow.states.shape[1]
-                here = slice(first, first + len(row.input_ids))
-                tokens = torch.where(aimed[here].any(dim=1))[0]
-                self._kept[id(row)] = self._keep(watched, here, tokens, aimed)
+
+    def keep(self, rows: Sequence[Encoded], flow: Flow, routed: Route) -> None:
+        """See `Constants.keep`."""
+        watched = self._run.watch(flow, routed)
+        aimed = torch.isin(watched.index, self._targets.to(watched.index.device))
+        for at, row in enumerate(rows):
+            first = at * flow.states.shape[1]
+            here = slice(first, first + len(row.input_ids))
+            tokens = torch.where(aimed[here].any(dim=1))[0]
+            self._kept[id(row)] = self._keep(watched, here, tokens, aimed)
 
     def _keep(self, watched: Watched, here: slice, tokens: torch.Tensor, aimed: torch.Tensor) -> _Moving:
         put, at = self._shelf.put, here.start + tokens
         weights = watched.weights[at].masked_fill(aimed[at], 0)
-        frozen = self._layer.run_frozen(watched.states[at], watched.index[at], weights)
+        frozen = self._run.run_frozen(watched.states[at], watched.index[at], weights)
         parts = tuple(put(part[at]) for part in watched.parts)
         return _Moving(put(watched.out[here]), put(watched.entry[at]), parts, put(frozen), tokens.cpu())
 
@@ -151,8 +169,8 @@ class FrozenRouter:
         entry = gather([one.entry for one in kept])
         parts = [gather(numbers) for numbers in zip(*(one.parts for one in kept), strict=True)]
         frozen = gather([one.frozen for one in kept])
-        with self._layer.saying([part[None] for part in parts]), self._layer.experts_by(lambda *_: frozen):
-            return self._layer(entry[None])[0]
+        with self._run.saying([part[None] for part in parts]), self._run.experts_by(lambda *_: frozen):
+            return self._run(entry[None])[0]
 
 
 @dataclass(frozen=True)
@@ -178,25 +196,27 @@ class TrainedRouter:
     twice the widths of what attention and shared experts say.
     """
 
-    def __init__(
-        self, view: MoEView, targets: Mapping[int, tuple[int, ...]], rows: Sequence[Encoded], shelf: Shelf
-    ) -> None:
-        index = min(targets)
-        self.next_layer = index + 1
-        self._view, self._layer, self._shelf = view, StartLayer(view, index), shelf
-        self._targets = torch.tensor(targets[index])
+    def __init__(self, view: MoEView, targets: Mapping[int, tuple[int, ...]], shelf: Shelf) -> None:
+        self.layer = min(targets)
+        self.next_layer = self.layer + 1
+        self._view, self._run, self._shelf = view, StartLayer(view, self.layer), shelf
+        self._targets = torch.tensor(targets[self.layer])
         self._kept: dict[int, _Looked] = {}
-        for part, flow, routed in flows_into(view, index, rows):
-            watched = self._layer.watch(flow, routed)
-            for at, row in enumerate(part):
-                first, n = at * flow.states.shape[1], len(row.input_ids)
-                here, (_, K) = slice(first, first + n), watched.index.shape
-                self._kept[id(row)] = _Looked(
-                    shelf.put(watched.entry[here]),
-                    tuple(shelf.put(said[here]) for said in watched.parts),
-                    shelf.put(torch.full((n, K), -1)),
-                    shelf.put(torch.zeros(n, K, watched.out.shape[1], dtype=watched.out.dtype)),
-                )
+
+    def keep(self, rows: Sequence[Encoded], flow: Flow, routed: Route) -> None:
+        """See `Constants.keep`."""
+        put = self._shelf.put
+        watched = self._run.watch(flow, routed)
+        width, K = watched.out.shape[1], watched.index.shape[1]
+        for at, row in enumerate(rows):
+            first, n = at * flow.states.shape[1], len(row.input_ids)
+            here = slice(first, first + n)
+            self._kept[id(row)] = _Looked(
+                put(watched.entry[here]),
+                tuple(put(said[here]) for said in watched.parts),
+                put(torch.full((n, K), -1)),
+                put(torch.zeros(n, K, width, dtype=watched.out.dtype)),
+            )
 
     def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """Output of the target layer, padded."""
@@ -213,8 +233,8 @@ class TrainedRouter:
             said = torch.bmm(weights[real][:, None].to(outputs.dtype), outputs)[:, 0]
             return torch.zeros_like(states).index_copy(0, real, said)
 
-        with self._layer.saying(parts), self._layer.experts_by(look_up):
-            return Flow(self._layer(entry)), routed
+        with self._run.saying(parts), self._run.experts_by(look_up):
+            return Flow(self._run(entry)), routed
 
     def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
         """The same where a label token is predicted."""
@@ -236,7 +256,7 @@ class TrainedRouter:
         token, slot = torch.where(~found.any(dim=1) & ~torch.isin(index, self._targets.to(device)))
         if token.numel():
             ones = states.new_ones(len(token), 1)
-            outputs[token, slot] = self._layer.run_frozen(states[token], index[token, slot][:, None], ones)
+            outputs[token, slot] = self._run.run_frozen(states[token], index[token, slot][:, None], ones)
         sizes = [len(self._shelf[one.experts]) for one in kept]
         for one, its_experts, its_outputs in zip(kept, index.split(sizes), outputs.split(sizes), strict=True):
             self._shelf[one.experts].copy_(its_experts)

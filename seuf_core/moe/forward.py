@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from seuf_core.data.batches import Batch, Encoded, collate
 from seuf_core.moe.passes import Flow, Route, embed, run_layers
 from seuf_core.moe.view import MoEView
+
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,12 @@ class Forward:
 
     Args:
         beginning: where a pass starts.
-        tokens: padded tokens that go through at once. A pass of more runs in pieces which, where gradients are
-            on, are computed once more in the backward pass (torch.utils.checkpoint): any loss over all of them
-            stays what it is, and the memory is that of one piece. Results do not depend on it.
-        recompute: whether each layer is run once more in the backward pass, so that no layer's weights have to
-            stay in memory between the two.
+        tokens: padded tokens that go through at once. A pass of more runs in pieces; any loss over all of them
+            stays what it is. Where gradients are on, every layer is then run once more in the backward pass
+            (torch.utils.checkpoint): what is kept is H numbers a token and layer, and the activations of one piece
+            in one layer. Results do not depend on it.
+        recompute: the same with a single piece, so that no layer's weights have to stay in memory for the backward
+            pass.
     """
 
     def __init__(
@@ -110,27 +114,25 @@ class Forward:
         return True
 
     def _run(self, rows: Sequence[Encoded], stop: int) -> tuple[torch.Tensor, _Labels]:
-        pieces = self.pieces(rows)
-        states = [
-            checkpoint(self._piece, piece, stop, use_reentrant=False)
-            if len(pieces) > 1 and torch.is_grad_enabled()
-            else self._piece(piece, stop)
-            for piece in pieces
-        ]
-        return torch.cat(states), _labels(rows, self.view.model.device)
+        """Flow into decoder layer `stop` where a label token is predicted, [P, H].
 
-    def _piece(self, rows: Sequence[Encoded], stop: int) -> torch.Tensor:
-        """Flow into decoder layer `stop` where a label token is predicted, [P, H]."""
-        batch = collate(rows).to(self.view.model.device)
+        Layer by layer over all pieces, so that one that is not in memory is read once.
+        """
+        device, pieces = self.view.model.device, self.pieces(rows)
+        once_more = torch.is_grad_enabled() and (self._recompute or len(pieces) > 1)
+        batches = [collate(piece).to(device) for piece in pieces]
         if self._beginning.next_layer == stop:
-            return self._beginning.at_labels(rows, batch)
-        flow, routed = self._beginning.begin(rows, batch)
-        for index in range(self._beginning.next_layer, stop):
-            if self._recompute and torch.is_grad_enabled():
-                flow = checkpoint(run_layers, self.view, (index,), flow, routed, use_reentrant=False)
-            else:
-                flow = run_layers(self.view, (index,), flow, routed)
-        return flow.states[batch.predicts_label()]
+            states = [self._beginning.at_labels(*some) for some in zip(pieces, batches, strict=True)]
+            return torch.cat(states), _labels(rows, device)
+        begin = _recomputed(self._beginning.begin) if once_more else self._beginning.begin
+        layer = _recomputed(run_layers) if once_more else run_layers
+        begun = [begin(*some) for some in zip(pieces, batches, strict=True)]
+        flows = [flow for flow, _ in begun]
+        for index in self.view.weights.each(range(self._beginning.next_layer, stop)):
+            for at, (_, routed) in enumerate(begun):
+                flows[at] = layer(self.view, (index,), flows[at], routed)
+        states = [flow.states[batch.predicts_label()] for flow, batch in zip(flows, batches, strict=True)]
+        return torch.cat(states), _labels(rows, device)
 
     def pieces(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
         """The rows in their order, in the padded batches that a pass runs: at most `tokens` padded tokens together."""
@@ -142,6 +144,14 @@ class Forward:
             else:
                 pieces.append([row])
         return pieces
+
+
+def _recomputed(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
+    def run(*given: _Given.args, **named: _Given.kwargs) -> _Found:
+        found: _Found = checkpoint(function, *given, use_reentrant=False, **named)
+        return found
+
+    return run
 
 
 @dataclass(frozen=True)
