@@ -18,6 +18,7 @@ from seuf_core.data.batches import Encoded, bucketed, encode_pair
 from seuf_core.data.records import Probe
 from seuf_core.moe.forward import Forward
 from seuf_core.moe.head import negative_log_likelihood, per_token
+from seuf_core.moe.memory import within_memory
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,14 @@ def score_probes(
     *,
     tokens_per_batch: int = 8192,
 ) -> list[ProbeScore]:
-    """Score every probe with the model as it stands.
+    """Score every probe with the model as it stands; where memory runs out, fewer sequences at once.
 
     Args:
         tokens_per_batch: padded tokens of one forward pass. Of logits there are a few positions at a time
             (seuf_core.moe.head).
+
+    Raises:
+        MethodError: `out_of_memory`, when not even single sequences fit.
     """
     flat = [(p, c) for p, probe in enumerate(probes) for c in range(len(probe.sequences))]
     log_probs = [[0.0] * len(probe.sequences) for probe in probes]
@@ -81,7 +85,8 @@ def score_probes(
 
 def _score_sequences(forward: Forward, sequences: list[Encoded]) -> tuple[list[float], list[bool]]:
     """Of each sequence: the mean log-probability of its label tokens, and whether each of them is the likeliest."""
-    answers = forward.answers(sequences)
+    longest = max(len(row.input_ids) for row in sequences)
+    answers = within_memory(lambda: forward.answers(sequences), lambda: forward.halve(sequences), longest)
     said = per_token(forward.view, answers, _log_probability_and_miss, answers.target)  # [P, 2]
     sums = said.new_zeros(len(sequences), 2).index_add_(0, answers.row, said)
     counts = torch.bincount(answers.row, minlength=len(sequences))

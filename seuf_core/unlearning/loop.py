@@ -12,6 +12,7 @@ import torch
 from seuf_core.data.batches import batch_indices
 from seuf_core.errors import Cancelled
 from seuf_core.method import Method
+from seuf_core.moe.memory import within_memory
 from seuf_core.observer import Observer
 from seuf_core.unlearning.objectives import Objective, Terms
 from seuf_core.unlearning.rule import GONE, Look, Quality, best
@@ -114,18 +115,30 @@ def _best(looks: tuple[Look, ...], method: Method) -> Look:
 
 
 def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None:
-    """One optimiser step; None, and nothing moved, when the loss is not a finite number."""
+    """One optimiser step; None, and nothing moved, when the loss is not a finite number.
+
+    Raises:
+        MethodError: `out_of_memory`, see `within_memory`.
+    """
     method, (num_forget, num_retain) = run.method, run.sizes
     forget = batch_indices(num_forget, method.batch_size, method.seed, step)
     retain = batch_indices(num_retain, method.batch_size, method.seed + 1, step) if num_retain else []
-    optimizer.zero_grad(set_to_none=True)
-    terms = run.objective(forget, retain)
-    loss = terms.total(method)
-    if not bool(loss.isfinite()):
-        return None
-    loss.backward()
-    optimizer.step()
-    run.trainable.constrain()
+    learnt = run.objective.state()
+
+    def differentiate() -> Terms | None:
+        run.objective.load_state(learnt)  # a pass that ran out of memory may have taken its step already
+        optimizer.zero_grad(set_to_none=True)
+        terms = run.objective(forget, retain)
+        loss = terms.total(method)
+        if not bool(loss.isfinite()):
+            return None
+        loss.backward()
+        return terms
+
+    terms = within_memory(differentiate, lambda: run.objective.halve(forget, retain), method.max_length)
+    if terms is not None:
+        optimizer.step()
+        run.trainable.constrain()
     return terms
 
 

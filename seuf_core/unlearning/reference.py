@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from seuf_core.data.batches import Encoded
 from seuf_core.moe import head
 from seuf_core.moe.forward import Answers, Forward
+from seuf_core.moe.memory import within_memory
 from seuf_core.moe.passes import tail
 from seuf_core.moe.view import MoEView
 from seuf_core.unlearning import losses
@@ -88,6 +89,9 @@ class Reference:
         """
         Args:
             nll: whether l is kept; logits: whether the logits are. With neither there is no pass.
+
+        Raises:
+            MethodError: `out_of_memory`, when not even single sequences fit.
         """
         self._view, model = forward.view, forward.view.model
         vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -130,4 +134,6 @@ class Reference:
 
 def _passes(forward: Forward, examples: Sequence[Encoded], batch_size: int) -> Iterator[Answers]:
     for start in range(0, len(examples), batch_size):
-        yield forward.answers(examples[start : start + batch_size])
+        rows = examples[start : start + batch_size]
+        longest = max(len(row.input_ids) for row in rows)
+        yield within_memory(partial(forward.answers, rows), partial(forward.halve, rows), longest)
