@@ -6,23 +6,23 @@ disjoint halves of the sequences, so that how stable a score is costs nothing mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
 
-from seuf_core.attribution.gradient import Derivatives, expert_derivatives
-from seuf_core.attribution.statistics import RoutingStatistics, routing_statistics
-from seuf_core.data.batches import PADDING, Batch, Encoded, length_bucketed
+from seuf_core.attribution.gradient import Derivatives, derivatives_of_sets, work_of_derivatives
+from seuf_core.attribution.statistics import RoutingStatistics, statistics_of_sets, work_of_statistics
+from seuf_core.data.batches import PADDING, Encoded, length_bucketed
 from seuf_core.method import Attribution, Method
+from seuf_core.moe.sweep import Progress, no_progress
 from seuf_core.moe.view import MoEView
 
-# Padded tokens of a forward pass, and of a forward and backward pass, which keeps every layer's activations.
+# Padded tokens that go through a layer at once, forward, and forward and backward, which keeps its activations.
 TOKENS_PER_BATCH = 8192
 TOKENS_PER_BACKWARD = 1024
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -135,38 +135,47 @@ def score_experts(
     forget: Sequence[Encoded],
     retain: Sequence[Encoded],
     method: Method,
-    progress: Progress = lambda _done, _total: None,
+    progress: Progress = no_progress,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_backward: int = TOKENS_PER_BACKWARD,
+    scratch: Path | None = None,
 ) -> Scored:
     """Score every expert by `method.attribution`.
 
+    Each layer is read once, whatever sets and halves there are; for `gradient` twice more for each of its groups
+    (`derivatives_of_sets`). Memory beside the model: `seuf_core.moe.sweep.sweep`, where a batch is
+    `tokens_per_batch` padded tokens, and grows with them; for `gradient` also `derivatives_of_sets`, with
+    `tokens_per_backward`.
+
     Args:
-        view: the loaded model, in eval mode; it is left as it was.
+        view: the model, in eval mode; it is left as it was. Layers that are not held are streamed.
         forget, retain: the sequences of the sets; retain is read by `contrast` only.
-        progress: called with sequences done and all to do; a sequence counts once for each pass over it.
+        progress: called with how much is done and how much there is to do, in sequences times layers.
+        tokens_per_batch, tokens_per_backward: results do not depend on them, but for rounding.
+        scratch: a folder for hidden states that are too many for memory; None = the system's temporary folder.
     """
     score = SCORES[method.attribution]
-    passes = 1 + score.reads_gradient
-    total = passes * len(forget) + (len(retain) if score.reads_retain else 0)
-    done = 0
-
-    def read(sequences: Sequence[Encoded], tokens: int) -> Iterator[Batch]:
-        nonlocal done
-        for batch in length_bucketed(sequences, tokens, PADDING):
-            yield batch.to(view.model.device)
-            done += batch.input_ids.shape[0]
-            progress(done, total)
-
-    def measure(half: slice) -> Measured:
-        return Measured(
-            routing_statistics(view, read(forget[half], TOKENS_PER_BATCH)),
-            routing_statistics(view, read(retain[half], TOKENS_PER_BATCH)) if score.reads_retain else None,
-            expert_derivatives(view, read(forget[half], TOKENS_PER_BACKWARD))
-            if score.reads_gradient
-            else None,
+    read = [forget[0::2], forget[1::2]] + ([retain[0::2], retain[1::2]] if score.reads_retain else [])
+    sets = [list(length_bucketed(rows, tokens_per_batch, PADDING)) for rows in read]
+    backward = [
+        list(length_bucketed(rows, tokens_per_backward, PADDING)) for rows in read[:2] if score.reads_gradient
+    ]
+    forward_work, backward_work = work_of_statistics(view, sets), work_of_derivatives(view, backward)
+    total = forward_work + backward_work
+    statistics = statistics_of_sets(view, sets, lambda done, _: progress(done, total), scratch)
+    derivatives = derivatives_of_sets(
+        view, backward, lambda done, _: progress(forward_work + done, total), scratch
+    )
+    halves = [
+        Measured(
+            statistics[half],
+            statistics[2 + half] if score.reads_retain else None,
+            derivatives[half] if score.reads_gradient else None,
             method.seed,
         )
-
-    halves = (measure(slice(0, None, 2)), measure(slice(1, None, 2)))
+        for half in (0, 1)
+    ]
     whole = halves[0] + halves[1]
     return Scored(
         score.compute(whole),

@@ -5,13 +5,15 @@ Letters: L sparse layers, E experts, K experts a token, T tokens, P answer posit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from seuf_core.data.batches import Batch
 from seuf_core.moe.routing import Routing, capture_routing
+from seuf_core.moe.sweep import Progress, no_progress, sweep
 from seuf_core.moe.view import MoEView
 
 
@@ -75,41 +77,74 @@ class RoutingStatistics:
         )
 
 
-@torch.no_grad()
-def routing_statistics(view: MoEView, batches: Iterable[Batch]) -> RoutingStatistics:
-    """Run the model over `batches` (padding on the right) and sum what its routers decide.
+def routing_statistics(
+    view: MoEView, batches: Iterable[Batch], progress: Progress = no_progress
+) -> RoutingStatistics:
+    """`statistics_of_sets` of one set."""
+    (only,) = statistics_of_sets(view, [list(batches)], progress)
+    return only
 
-    Memory beyond the model: one batch's logits, 44 bytes for each of its T * E scores of one layer, and the
+
+@torch.no_grad()
+def statistics_of_sets(
+    view: MoEView,
+    sets: Sequence[Sequence[Batch]],
+    progress: Progress = no_progress,
+    scratch: Path | None = None,
+) -> list[RoutingStatistics]:
+    """What the routers do with each set, all of them in one pass over the layers.
+
+    Nothing above the last router is run. Memory beside the model: that of `seuf_core.moe.sweep.sweep`, and the
     statistics themselves.
+
+    Args:
+        progress: hears of every layer that a batch went through; done and all to do, in sequences times layers.
+        scratch: a folder for hidden states that are too many for memory; None = the system's temporary folder.
     """
     L, E, K = len(view.layers), view.num_experts, view.num_experts_per_tok
-    sums, sequences = torch.zeros(L, 3, E, dtype=torch.float64), 0
-    answers = [torch.zeros(0, L, K, dtype=torch.int16)]
+    batches = [batch for batches in sets for batch in batches]
+    of = [number for number, batches in enumerate(sets) for _ in batches]
+    sums = torch.zeros(len(sets), L, 3, E, dtype=torch.float64)
+    answers = [torch.zeros(int(batch.predicts_label().sum()), L, K, dtype=torch.int16) for batch in batches]
+    row = {index: number for number, index in enumerate(view.layer_indices)}
+    last, done = max(view.layer_indices, default=-1), 0
+    total = work_of_statistics(view, sets)
     with capture_routing(view) as routing:
-        for batch in batches:
-            view.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            sums += _sequence_means(routing, view, batch)
-            sequences += batch.input_ids.shape[0]
-            answers.append(_answer_experts(routing, view, batch))
-    gates, places, scores = sums.unbind(dim=1)
-    return RoutingStatistics(gates, places, scores, sequences, torch.cat(answers), view.layer_indices)
+        for layer, number in sweep(view, batches, last, folder=scratch):
+            batch = batches[number]
+            if layer in row:
+                sums[of[number], row[layer]] += _sequence_means(routing, view, layer, batch)
+                answers[number][:, row[layer]] = _answer_experts(routing, layer, batch)
+            done += len(batch.input_ids)
+            progress(done, total)
+    found = []
+    for number, one in enumerate(sets):
+        gates, places, scores = sums[number].unbind(dim=1)
+        mine = [answers[i] for i, owner in enumerate(of) if owner == number]
+        chosen = torch.cat([torch.zeros(0, L, K, dtype=torch.int16), *mine])
+        sequences = sum(len(batch.input_ids) for batch in one)
+        found.append(RoutingStatistics(gates, places, scores, sequences, chosen, view.layer_indices))
+    return found
 
 
-def _sequence_means(routing: Routing, view: MoEView, batch: Batch) -> torch.Tensor:
-    """[L, 3, E]: for each layer the sum over the batch's sequences of their mean g, 1[selected] / K and s."""
+def work_of_statistics(view: MoEView, sets: Sequence[Sequence[Batch]]) -> int:
+    """How often a sequence goes through a layer in `statistics_of_sets`."""
+    sequences = sum(len(batch.input_ids) for batches in sets for batch in batches)
+    return (max(view.layer_indices, default=-1) + 1) * sequences
+
+
+def _sequence_means(routing: Routing, view: MoEView, layer: int, batch: Batch) -> torch.Tensor:
+    """[3, E]: the sum over the batch's sequences of their mean g, 1[selected] / K and s."""
     mask = batch.attention_mask.double()  # [B, S]; padding never counts
     # [T]: 1/Lj on the tokens of sequence j.
     weight = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).view(-1)
-    layers = []
-    for layer in view.layer_indices:
-        selected = routing.selected(layer) / view.num_experts_per_tok
-        measured = torch.stack([routing.gates(layer), selected, routing.scores(layer)])  # [3, T, E]
-        # fp64: a mean over millions of tokens keeps the digits that a near tie needs.
-        layers.append(weight @ measured.double())
-    return torch.stack(layers).cpu()
+    selected = routing.selected(layer) / view.num_experts_per_tok
+    measured = torch.stack([routing.gates(layer), selected, routing.scores(layer)])  # [3, T, E]
+    # fp64: a mean over millions of tokens keeps the digits that a near tie needs.
+    return (weight.to(measured.device) @ measured.double()).cpu()
 
 
-def _answer_experts(routing: Routing, view: MoEView, batch: Batch) -> torch.Tensor:
-    predicts_answer = batch.predicts_label().view(-1)
-    chosen = [routing.indices[layer][predicts_answer] for layer in view.layer_indices]
-    return torch.stack(chosen, dim=1).to(torch.int16).cpu()
+def _answer_experts(routing: Routing, layer: int, batch: Batch) -> torch.Tensor:
+    """[P, K], the experts chosen where a label token is predicted."""
+    chosen = routing.indices[layer]
+    return chosen[batch.predicts_label().view(-1).to(chosen.device)].to(torch.int16).cpu()

@@ -11,21 +11,20 @@ projected. A router's bias stays as it is: every token sees it, so no change of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from seuf_core.data.batches import PADDING, Batch, Encoded, length_bucketed
-from seuf_core.moe.forward import layer_states
 from seuf_core.moe.routing import capture_routing
+from seuf_core.moe.sweep import Progress, no_progress, sweep
 from seuf_core.moe.view import MoEView
 
 TOKENS_PER_BATCH = 8192
-
-Progress = Callable[[int, int], None]  # done, total
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,48 @@ def subspace(gram: torch.Tensor, energy: float) -> Subspace:
 
 @torch.no_grad()
 def retain_grams(
-    view: MoEView, layer: int, batches: Iterable[Batch], progress: Callable[[int], None] = lambda _: None
-) -> torch.Tensor:
-    """X_e^T X_e of every expert of one layer under the model as it is, fp64 [E, H, H].
+    view: MoEView,
+    layers: Collection[int],
+    batches: Sequence[Batch],
+    progress: Progress = no_progress,
+    scratch: Path | None = None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """X_e^T X_e of every expert of each layer under the model as it is: (layer, fp64 [E, H, H]), ascending.
 
-    Only real tokens count. Nothing above the layer is run. Memory: 8 * E * H^2 bytes, however many tokens there
-    are. `progress` hears how many sequences were seen.
+    It is one tensor, which the next layer overwrites. Without a batch nothing comes.
+    Only real tokens count. Nothing above the highest router is run. Memory: 8 * E * H^2 bytes, however many tokens
+    there are, and that of `seuf_core.moe.sweep.sweep`. `progress` hears of every layer that a
+    batch went through, in sequences times layers.
     """
     width = view.model.config.get_text_config().hidden_size
-    grams = torch.zeros(
-        view.num_experts, width, width, dtype=torch.float64, device=view.layer(layer).router_weight.device
-    )
+    grams = torch.zeros(view.num_experts, width, width, dtype=torch.float64, device=view.model.device)
     inputs: list[torch.Tensor] = []
-    handle = view.layer(layer).router.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-    seen = 0
+    routers = [view.layer(layer).router for layer in layers]
+    handles = [
+        router.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for router in routers
+    ]
+    last, done = max(layers), 0
+    total = (last + 1) * sum(len(batch.input_ids) for batch in batches)
     try:
-        with capture_routing(view, (layer,)) as routing:
-            for batch in batches:
-                layer_states(view.model, layer, batch)
-                states = inputs.pop().reshape(-1, width)
-                real = batch.attention_mask.bool().flatten()
-                selected = routing.selected(layer).bool()
-                for expert in range(view.num_experts):
-                    rows = states[selected[:, expert] & real].double()
-                    grams[expert].addmm_(rows.T, rows)
-                seen += batch.input_ids.shape[0]
-                progress(seen)
+        with capture_routing(view, tuple(layers)) as routing:
+            for layer, number in sweep(view, batches, last, folder=scratch):
+                batch = batches[number]
+                if layer in layers:
+                    if number == 0:
+                        grams.zero_()
+                    states = inputs.pop().reshape(-1, width)
+                    real = batch.attention_mask.to(states.device).bool().view(-1, 1)
+                    chosen = routing.selected(layer).bool() & real
+                    for expert in range(view.num_experts):
+                        rows = states[chosen[:, expert]].double()
+                        grams[expert].addmm_(rows.T, rows)
+                    if number == len(batches) - 1:
+                        yield layer, grams
+                done += len(batch.input_ids)
+                progress(done, total)
     finally:
-        handle.remove()
-    return grams
+        for handle in handles:
+            handle.remove()
 
 
 class ProjectedRouter:
@@ -145,23 +157,20 @@ class ProjectedRouter:
 
 
 def held_by_retain(
-    view: MoEView, layers: Sequence[int], retain: Sequence[Encoded], energy: float, progress: Progress
+    view: MoEView,
+    layers: Sequence[int],
+    retain: Sequence[Encoded],
+    energy: float,
+    progress: Progress,
+    scratch: Path | None = None,
 ) -> dict[int, tuple[Subspace, ...]]:
     """What the router rows of each layer must not change in, under the model as it is: layer -> E subspaces.
 
-    Memory while it runs: 8 * E * H^2 bytes, for one layer at a time. Time: one pass over the retain set and E
-    eigendecompositions of [H, H] a layer. `progress` hears how many sequences were seen, and of how many.
+    Memory while it runs: that of `retain_grams`. Time: one pass over the retain set up to the highest of the layers,
+    and E eigendecompositions of [H, H] a layer. `progress` and `scratch`: see there.
     """
-    found = {}
-    for number, layer in enumerate(layers):
-        batches = length_bucketed(retain, TOKENS_PER_BATCH, PADDING)
-        on_device = (batch.to(view.model.device) for batch in batches)
-        before, total = number * len(retain), len(layers) * len(retain)
-        grams = retain_grams(view, layer, on_device, _from(before, total, progress))
-        found[layer] = tuple(subspace(gram, energy) for gram in grams)
-        del grams  # before the next layer's
-    return found
-
-
-def _from(before: int, total: int, progress: Progress) -> Callable[[int], None]:
-    return lambda seen: progress(before + seen, total)
+    batches = list(length_bucketed(retain, TOKENS_PER_BATCH, PADDING))
+    return {
+        layer: tuple(subspace(gram, energy) for gram in grams)
+        for layer, grams in retain_grams(view, layers, batches, progress, scratch)
+    }

@@ -125,9 +125,9 @@ def test_score_experts_gives_the_score_and_that_of_the_even_and_odd_sequences(na
 
 
 @pytest.mark.parametrize(
-    ("name", "total"), [("affinity", 6), ("random", 6), ("contrast", 9), ("gradient", 12)]
+    ("name", "total"), [("affinity", 6 * 3), ("random", 6 * 3), ("contrast", 9 * 3), ("gradient", 6 * 9)]
 )
-def test_progress_counts_every_pass_and_ends_with_all(name: Attribution, total: int) -> None:
+def test_progress_counts_every_layer_of_every_pass_and_ends_with_all(name: Attribution, total: int) -> None:
     view = moe_view(tiny.build_model("olmoe"))
     told: list[tuple[int, int]] = []
     retain = sequences(1, lengths=(4, 8, 6))
@@ -139,20 +139,19 @@ def test_progress_counts_every_pass_and_ends_with_all(name: Attribution, total: 
     assert {of for _, of in told} == {total}
 
 
-def test_batches_stay_within_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_stay_within_their_tokens() -> None:
     """A pass that keeps activations takes smaller batches; the scores do not depend on it."""
     view, rows, sizes = moe_view(tiny.build_model("olmoe")), sequences(), []
     whole = score_experts(view, rows, [], Method(attribution="gradient"))
-    monkeypatch.setattr(scores, "TOKENS_PER_BATCH", 24)
-    monkeypatch.setattr(scores, "TOKENS_PER_BACKWARD", 12)
-    handle = view.model.register_forward_pre_hook(
-        lambda _, __, inputs: sizes.append((torch.is_grad_enabled(), inputs["input_ids"].numel())),
-        with_kwargs=True,
+    handle = view.layers[0].router.register_forward_pre_hook(
+        lambda _, inputs: sizes.append((torch.is_grad_enabled(), inputs[0].flatten(0, -2).shape[0]))
     )
-    found = score_experts(view, rows, [], Method(attribution="gradient"))
+    found = score_experts(
+        view, rows, [], Method(attribution="gradient"), tokens_per_batch=24, tokens_per_backward=12
+    )
     handle.remove()
-    assert max(numel for backward, numel in sizes if not backward) in range(13, 25)
-    assert max(numel for backward, numel in sizes if backward) in range(10, 13)
+    assert max(tokens for _, tokens in sizes) in range(13, 25)
+    assert max(tokens for backward, tokens in sizes if backward) in range(10, 13)
     torch.testing.assert_close(found.matrix, whole.matrix, rtol=1e-4, atol=1e-7)
 
 

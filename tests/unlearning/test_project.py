@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from seuf_core.data.batches import Encoded, collate, length_bucketed
+from seuf_core.data.batches import Batch, Encoded, collate, length_bucketed
+from seuf_core.moe.sweep import Progress, no_progress
 from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.unlearning.project import ProjectedRouter, held_by_retain, retain_grams, subspace
 from seuf_core.unlearning.scopes import ExpertScope
@@ -43,6 +44,14 @@ def inputs_by_expert(view: MoEView, layer: int, retain: Sequence[Encoded]) -> li
     handle.remove()
     states, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
     return [states[(chosen == expert).any(dim=1)] for expert in range(view.num_experts)]
+
+
+def grams_of(
+    view: MoEView, layer: int, batches: list[Batch], progress: Progress = no_progress
+) -> torch.Tensor:
+    ((found, grams),) = retain_grams(view, [layer], batches, progress)
+    assert found == layer
+    return grams
 
 
 def test_a_projection_worked_by_hand() -> None:
@@ -111,25 +120,25 @@ def test_no_smaller_set_of_directions_has_the_energy() -> None:
 def test_the_inputs_are_those_of_real_tokens_that_select_the_expert(family: str) -> None:
     view = moe_view(tiny.build_model(family))
     layer = view.layer_indices[1]
-    seen: list[int] = []
-    batches = length_bucketed(RETAIN, 32, pad_token_id=5)
-    grams = retain_grams(view, layer, batches, seen.append)
+    seen: list[tuple[int, int]] = []
+    batches = list(length_bucketed(RETAIN, 32, pad_token_id=5))
+    grams = grams_of(view, layer, batches, lambda *progress: seen.append(progress))
     expected = [x.double().T @ x.double() for x in inputs_by_expert(view, layer, RETAIN)]
     torch.testing.assert_close(grams, torch.stack(expected), rtol=1e-4, atol=1e-4)
-    assert seen[-1] == len(RETAIN)
+    assert seen[-1] == (len(RETAIN) * (layer + 1), len(RETAIN) * (layer + 1))
     assert len(seen) > 1
 
 
 @pytest.mark.parametrize("padding", [0, 7, 200])
 def test_padding_is_no_input(padding: int) -> None:
     view = moe_view(tiny.build_model("qwen2_moe"))
-    alone = sum(retain_grams(view, 1, [collate([row])]) for row in RETAIN)
-    torch.testing.assert_close(retain_grams(view, 1, [collate(RETAIN, padding)]), alone, rtol=1e-4, atol=1e-4)
+    alone = sum(grams_of(view, 1, [collate([row])]) for row in RETAIN)
+    torch.testing.assert_close(grams_of(view, 1, [collate(RETAIN, padding)]), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_the_hooks_are_gone_afterwards() -> None:
     view = moe_view(tiny.build_model("qwen2_moe"))
-    retain_grams(view, 1, [collate(RETAIN)])
+    grams_of(view, 1, [collate(RETAIN)])
     router = view.layer(1).router
     assert not router._forward_hooks
     assert not router._forward_pre_hooks
@@ -140,7 +149,7 @@ def test_every_layer_has_its_own_subspaces_and_says_how_far_it_is() -> None:
     heard: list[tuple[int, int]] = []
     found = held_by_retain(view, (0, 2), RETAIN, 1.0, lambda *progress: heard.append(progress))
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
-    assert heard[-1] == (2 * len(RETAIN), 2 * len(RETAIN))
+    assert heard[-1] == (3 * len(RETAIN), 3 * len(RETAIN))  # layers 0 to 2, in one pass
     for layer, held in found.items():
         for x, row in zip(inputs_by_expert(view, layer, RETAIN), held, strict=True):
             assert (x @ row.free_part(noise(32))).abs().max() < 1e-5 if len(x) else row.nothing_held
