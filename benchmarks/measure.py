@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -26,23 +28,32 @@ SAMPLE_SECONDS: Final = 0.01
 TURN_SECONDS: Final = 0.3
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of a call of each variant, taken in turn `rounds` times after a first call that does not count.
+@dataclass(frozen=True)
+class Variant:
+    """One way to do a thing. around: what has to be so in its turn, and takes no time of its own."""
+
+    call: Callable[[], object]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def interleaved(variants: Mapping[str, Variant], rounds: int, turn: float = TURN_SECONDS) -> dict[str, float]:
+    """Median seconds of a call of each variant, taken in turn `rounds` times after a turn that does not count.
 
     What else the machine does then slows all of them alike.
     """
-    for call in variants.values():
-        call()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, call in variants.items():
-            seconds[name] += _turn(call)
+    for number in range(1 + rounds):
+        for name, variant in variants.items():
+            with variant.around():
+                taken = _turn(variant.call, turn)
+            if number:
+                seconds[name] += taken
     return {name: median(all_of) for name, all_of in seconds.items()}
 
 
-def _turn(call: Callable[[], object]) -> list[float]:
-    seconds: list[float] = []
-    while sum(seconds) < TURN_SECONDS:
+def _turn(call: Callable[[], object], least: float) -> list[float]:
+    seconds = [timed(call)[0]]
+    while sum(seconds) < least:
         seconds.append(timed(call)[0])
     return seconds
 
@@ -111,3 +122,9 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """b of the best fit value = a * size^b: least squares over the logarithms."""
     slope, _ = np.polyfit(np.log(np.asarray(sizes)), np.log(np.asarray(values)), 1)
     return float(slope)
+
+
+def available_bytes() -> int:
+    """Memory that a process can still get without anything being swapped out (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -15,7 +15,8 @@ model that runs in every step. N1 asks for logits only where they are used: of R
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,21 +87,34 @@ class Naive:
         self._anchored = targets if method.trains_router else {}
         view.model.set_experts_implementation("grouped_mm")
         reference.set_experts_implementation("grouped_mm")
-        view.model.requires_grad_(everything)
-        self.trained = list(view.model.parameters()) if everything else list(self._unfrozen())
-        self._masks = [] if everything else list(self._masked())
-        self._optimizer = torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=0.0, fused=True)
+        view.model.requires_grad_(False)
+        self._trained = list(view.model.parameters()) if everything else list(self._thawed())
+        self._optimizer = torch.optim.AdamW(self._trained, lr=learning_rate, weight_decay=0.0, fused=True)
         hidden_size, coefficient = view.model.config.hidden_size, method.rmu_coefficient
         length = 0.0 if coefficient == "auto" else coefficient
         self._goal = length * losses.control_vector(hidden_size, method.seed).to(view.model.device)
 
-    def _unfrozen(self) -> Iterable[nn.Parameter]:
+    def _thawed(self) -> Iterable[nn.Parameter]:
         """Fused parameters of the target layers' experts, and their routers where these are trained."""
         for index in self._targets:
             layer = self._view.layer(index)
-            routers = layer.projection.parameters(recurse=False) if self._method.trains_router else ()
-            for parameter in (*layer.experts.parameters(recurse=False), *routers):
-                yield parameter.requires_grad_(True)
+            yield from layer.experts.parameters(recurse=False)
+            if self._method.trains_router:
+                yield from layer.projection.parameters(recurse=False)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside the block the parameters want gradients; outside the model is frozen and has none."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        masks = [] if self._everything else list(self._masked())
+        try:
+            yield
+        finally:
+            for handle in masks:
+                handle.remove()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._view.model.requires_grad_(False)
 
     def _masked(self) -> Iterable[torch.utils.hooks.RemovableHandle]:
         """Zeros in the gradient of every expert that is no target."""
@@ -110,7 +124,7 @@ class Naive:
                 yield parameter.register_post_accumulate_grad_hook(_keep_out(others))
 
     def step(self, forget: Sequence[int], retain: Sequence[int]) -> Terms:
-        """One optimiser step on these examples."""
+        """One optimiser step on these examples, inside `attached`."""
         self._optimizer.zero_grad(set_to_none=True)
         forget_rows = [self._data.forget[index] for index in forget]
         retain_rows = [self._data.retain[index] for index in retain]
@@ -118,13 +132,6 @@ class Naive:
         terms.total(self._method).backward()
         self._optimizer.step()
         return terms
-
-    def close(self) -> None:
-        """Take the hooks off and freeze the model again."""
-        for handle in self._masks:
-            handle.remove()
-        self._view.model.requires_grad_(False)
-        self._optimizer.zero_grad(set_to_none=True)
 
     @property
     def _steers(self) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from benchmarks.measure import TURN_SECONDS, Variant, interleaved
 from benchmarks.shapes import SHAPES, TINY_LAYERS, tiny_fields, write_shape
 from seuf_core.data.batches import Encoded
 from seuf_core.method import Method
@@ -16,6 +18,7 @@ from seuf_core.unlearning.terms import TrainingData
 
 Size = Literal["full", "small"]
 Objective = Literal["rmu", "npo", "gradient_difference"]
+Router = Literal["freeze", "train"]
 
 # A step sees 4 forget and 4 retain texts of 64 tokens: 512 tokens, of which all but the first of a text are labels.
 BATCH_SIZE, LENGTH = 4, 64
@@ -26,14 +29,20 @@ RMU_COEFFICIENT: Final = 20.0
 
 @dataclass(frozen=True)
 class Setting:
-    """size: "small" makes every model tiny, for a test of the benchmark itself. folder: of the checkpoints.
+    """What is measured on.
 
-    rounds: how often interleaved variants take their turn.
+    folder: of the checkpoints. shapes: names in benchmarks.shapes. size: "small" makes every model tiny, for a test of
+    the benchmark itself. rounds: how often interleaved variants take their turn.
     """
 
     folder: Path
+    shapes: tuple[str, ...] = ("olmoe-125m", "qwen2-moe-1b", "olmoe-1b-7b")
     size: Size = "full"
     rounds: int = 5
+
+    def medians(self, variants: Mapping[str, Variant]) -> dict[str, float]:
+        """Seconds a call of each variant: see benchmarks.measure.interleaved."""
+        return interleaved(variants, self.rounds, TURN_SECONDS if self.size == "full" else 0.0)
 
     def checkpoint(self, name: str, **changed: int) -> Path:
         """The checkpoint of a shape, written when it is not there; with config fields changed where given."""
@@ -56,9 +65,7 @@ class Setting:
         return int(fields["vocab_size"])
 
 
-def method_of(
-    objective: Objective, *, router: Literal["freeze", "train"] = "freeze", steps: int = 1
-) -> Method:
+def method_of(objective: Objective, *, router: Router = "freeze", steps: int = 1) -> Method:
     """One run of fixed strength that trains one expert, with the retain term that open-unlearning has."""
     return Method(
         objective=objective,

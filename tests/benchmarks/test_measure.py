@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.measure import PeakMemory, exponent, in_process, interleaved
+from benchmarks.measure import PeakMemory, Variant, exponent, in_process, interleaved
 
 
 def test_variants_take_turns_and_the_median_is_of_one_call() -> None:
@@ -22,11 +22,11 @@ def test_variants_take_turns_and_the_median_is_of_one_call() -> None:
         order.append("slow")
         time.sleep(0.35)
 
-    medians = interleaved({"quick": quick, "slow": slow}, rounds=2)
+    medians = interleaved({"quick": Variant(quick), "slow": Variant(slow)}, rounds=2)
     assert medians["quick"] == pytest.approx(0.02, rel=0.3)
     assert medians["slow"] == pytest.approx(0.35, rel=0.1)
     turns = [name for name, after in zip(order, [*order[1:], ""], strict=True) if name != after]
-    assert turns == ["quick", "slow"] * 3  # the first of them a call each that does not count
+    assert turns == ["quick", "slow"] * 3  # the first turn of each does not count
     assert order.count("slow") == 3
 
 

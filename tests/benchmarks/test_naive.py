@@ -78,7 +78,8 @@ def test_one_step_is_the_one_written_by_hand(folder: Path, objective: Objective,
     for moving in (model, base):
         moving.model.layers[LAYER].mlp.experts.down_proj.data.mul_(1.1)
     naive = Naive(moe_view(model), before, method, data(), {LAYER: (TARGET_EXPERT,)}, RATE)
-    loss = naive.step(FORGET, RETAIN).total(method)
+    with naive.attached():
+        loss = naive.step(FORGET, RETAIN).total(method)
     expected = loss_by_hand(base, before, method)
     torch.testing.assert_close(loss.detach(), expected.detach())
     expected.backward()
@@ -103,14 +104,16 @@ def test_without_a_mask_everything_is_trained(folder: Path) -> None:
     model, before = load(folder), load(folder)
     method = method_of("npo")
     naive = Naive(moe_view(model), before, method, data(), {LAYER: (TARGET_EXPERT,)}, RATE, everything=True)
-    naive.step(FORGET, RETAIN)
+    with naive.attached():
+        naive.step(FORGET, RETAIN)
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert all(moved)
 
 
-def test_closed_it_leaves_the_model_frozen(folder: Path) -> None:
+def test_detached_it_leaves_the_model_frozen(folder: Path) -> None:
     model = load(folder)
     naive = Naive(moe_view(model), model, method_of("rmu"), data(), {LAYER: (TARGET_EXPERT,)}, RATE)
-    naive.close()
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with naive.attached():
+        naive.step(FORGET, RETAIN)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     assert not model.model.layers[LAYER].mlp.experts.down_proj._post_accumulate_grad_hooks

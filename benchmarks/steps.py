@@ -1,0 +1,219 @@
+"""(a) Steps per second and peak memory, ours against the naive way, at an early, a middle and a late layer.
+
+All ways take turns in one process on one model in memory, so that what else the machine does slows them alike.
+Before the clock starts their first steps must give the same loss; in fp32 the trained expert must end the same.
+Memory is measured in a process for each way, which opens the model as that way does and takes a few steps.
+
+Figures: steps/<shape>/<objective>/<early|middle|late>/<freeze|train>/<ours|n1|n0> in seconds a step,
+.../prepare the seconds before ours' first step, .../agreement the relative difference of the trained expert's change,
+memory/<shape>/<objective>/<ours|n1|n0> in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count, product
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.figures import Figures
+from benchmarks.measure import PeakMemory, Variant, available_bytes, in_process, timed
+from benchmarks.naive import Naive, Targets
+from benchmarks.ours import Ours
+from benchmarks.setting import BATCH_SIZE, TARGET_EXPERT, Objective, Router, Setting, method_of, training_data
+from seuf_core.data.batches import batch_indices
+from seuf_core.job import load
+from seuf_core.method import Method
+from seuf_core.moe.view import MoEView, expert_parameters, moe_view
+from seuf_core.unlearning.terms import Terms, TrainingData
+
+# The published recipe trains the router too; once a shape is enough to see what it costs.
+CELLS: Final[list[tuple[str, Router]]] = [
+    ("early", "freeze"), ("middle", "freeze"), ("late", "freeze"), ("middle", "train"),
+]  # fmt: skip
+# Relative differences between ours and naive: of the first loss, by dtype; of an expert's change, in fp32. AdamW makes
+# a step of the same length of every gradient, those that are rounding noise too.
+LOSS_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+CHANGE_TOLERANCE: Final = 0.02
+STEPS_COMPARED: Final = 3
+MEMORY_STEPS: Final = 3
+# Of memory that is there, what a way of doing it may plan to use: copies of the model that are in memory together.
+ROOM: Final = 0.85
+COPIES: Final = {"second": 2.4, "n0": 6.5}
+
+
+@dataclass(frozen=True)
+class Models:
+    """The model that ours and N1 share, the second one that N1 looks at, and N0's own; None where there is no room."""
+
+    view: MoEView
+    reference: MoEView | None
+    everything: MoEView | None
+
+
+def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
+    """Measure every cell that is not there yet."""
+    for shape in setting.shapes:
+        cells = [
+            (objective, place, router)
+            for objective, (place, router) in product(get_args(Objective), CELLS)
+            if f"steps/{shape}/{objective}/{place}/{router}/ours" not in figures
+        ]
+        if cells:
+            models = _models(setting, shape)
+            for objective, place, router in cells:
+                _cell(setting, figures, models, shape, objective, place, router)
+                save()
+            del models
+        for objective, way in product(get_args(Objective), ("ours", "n1", "n0")):
+            name = f"memory/{shape}/{objective}/{way}"
+            if name not in figures and _fits(setting, shape, way):
+                peak = in_process(_memory, setting, shape, objective, way)
+                figures.add(name, peak, "bytes")
+                save()
+
+
+def _models(setting: Setting, shape: str) -> Models:
+    folder = setting.checkpoint(shape)
+    return Models(
+        whole(folder),
+        whole(folder) if _room(folder, "second") else None,
+        whole(folder) if _room(folder, "n0") else None,
+    )
+
+
+def whole(folder: Path) -> MoEView:
+    """A model as everybody opens one."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return moe_view(model.to(device).eval().requires_grad_(False))
+
+
+def _room(folder: Path, way: str) -> bool:
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_bytes()
+    return COPIES[way] * size < ROOM * free
+
+
+def _fits(setting: Setting, shape: str, way: str) -> bool:
+    """Whether a process of this way would fit; N1 with a second model is the naive way as it is."""
+    return way == "ours" or _room(setting.checkpoint(shape), "second" if way == "n1" else way)
+
+
+def _cell(
+    setting: Setting,
+    figures: Figures,
+    models: Models,
+    shape: str,
+    objective: Objective,
+    place: str,
+    router: Router,
+) -> None:
+    method = method_of(objective, router=router)
+    data = training_data(setting.vocabulary(shape))
+    targets: Targets = {setting.layers(shape)[place]: (TARGET_EXPERT,)}
+    prefix = f"steps/{shape}/{objective}/{place}/{router}"
+    base = _target_rows(models.view, targets)
+    prepare, ours = timed(lambda: Ours(models.view, method, data, targets))
+    reference = (models.reference or models.view).model
+    (rate,) = method.rates(1.0)
+    n1 = Naive(models.view, reference, method, data, targets, rate)
+    ways: dict[str, Any] = {"ours": ours, "n1": n1}
+    steps: dict[str, Callable[[int], Terms]] = {"ours": ours.step, "n1": on_batches(n1, method, data)}
+    if models.everything:
+        # At rate 0 it does all the work and stays the base, so that its loss can be checked in every cell.
+        ways["n0"] = Naive(models.everything, reference, method, data, targets, 0.0, everything=True)
+        steps["n0"] = on_batches(ways["n0"], method, data)
+    agreement = _compared(ways, steps, method, models.view, base, targets)
+    numbers = {way: count(STEPS_COMPARED) for way in ways}
+    variants = {way: Variant(_next(steps[way], numbers[way]), ways[way].attached) for way in ways}
+    for way, seconds in setting.medians(variants).items():
+        figures.add(f"{prefix}/{way}", seconds, "s")
+    figures.add(f"{prefix}/prepare", prepare, "s")
+    figures.add(f"{prefix}/agreement", agreement, "share")
+    for rows, before in zip(_target_rows(models.view, targets, copies=False), base, strict=True):
+        rows.copy_(before)
+
+
+def on_batches(naive: Naive, method: Method, data: TrainingData) -> Callable[[int], Terms]:
+    """A naive step on the examples that the job's loop takes for that number."""
+
+    def step(number: int) -> Terms:
+        forget = batch_indices(len(data.forget), BATCH_SIZE, method.seed, number)
+        return naive.step(forget, batch_indices(len(data.retain), BATCH_SIZE, method.seed + 1, number))
+
+    return step
+
+
+def _next(step: Callable[[int], Terms], numbers: count[int]) -> Callable[[], Terms]:
+    return lambda: step(next(numbers))
+
+
+def _target_rows(view: MoEView, targets: Targets, copies: bool = True) -> list[torch.Tensor]:
+    """What N1 moves of a model: the target experts' rows, and the routers of their layers."""
+    rows: list[torch.Tensor] = []
+    for index, experts in targets.items():
+        layer = view.layer(index)
+        for expert in experts:
+            rows += expert_parameters(layer, expert).values()
+        rows += [parameter.data for parameter in layer.projection.parameters(recurse=False)]
+    return [row.clone() for row in rows] if copies else rows
+
+
+def _compared(
+    ways: dict[str, Any],
+    steps: dict[str, Callable[[int], Terms]],
+    method: Method,
+    view: MoEView,
+    base: list[torch.Tensor],
+    targets: Targets,
+) -> float:
+    """Take the first steps of every way; their first losses must be one, and in fp32 the experts that come out.
+
+    Returns the relative difference between ours' and N1's change of the target experts.
+    """
+    dtype, first = view.model.dtype, {}
+    for way, step in steps.items():
+        with ways[way].attached():
+            terms = [step(number) for number in range(STEPS_COMPARED)]
+        first[way] = float(terms[0].total(method).detach())
+    for way, loss in first.items():
+        difference = abs(loss - first["n1"]) / abs(first["n1"])
+        assert difference < LOSS_TOLERANCE[dtype], f"{way}: first loss {loss}, of N1 {first['n1']}"
+    ((index, (expert, *_)),) = targets.items()
+    leaves = ways["ours"].leaves
+    names = expert_parameters(view.layer(index), expert)
+    mine = torch.cat([leaves[f"layers.{index}.experts.{expert}.{name}"].detach().flatten() for name in names])
+    theirs = torch.cat([rows.float().flatten() for rows in names.values()])
+    before = torch.cat([rows.float().flatten() for rows in base[: len(names)]])
+    difference = float((mine - theirs).norm() / (theirs - before).norm())
+    assert dtype != torch.float32 or difference < CHANGE_TOLERANCE, f"changes differ by {difference}"
+    return difference
+
+
+def _memory(setting: Setting, shape: str, objective: Objective, way: str) -> int:
+    """Peak anonymous memory of a process that trains the middle layer for a few steps; on a GPU, of its memory."""
+    folder, method = setting.checkpoint(shape), method_of(objective)
+    layer, data = setting.layers(shape)["middle"], training_data(setting.vocabulary(shape))
+    targets: Targets = {layer: (TARGET_EXPERT,)}
+    with PeakMemory() as peak:
+        if way == "ours":
+            view, _ = load(folder, hold=())
+            # What a job holds while it trains with its suffix in memory (seuf_core.plan).
+            view.weights.hold((layer,) if objective == "rmu" else range(layer, view.num_layers))
+            ours = Ours(view, method, data, targets)
+            trained: Any = ours
+            step: Callable[[int], Terms] = ours.step
+        else:
+            view, reference = whole(folder), whole(folder)
+            (rate,) = method.rates(1.0)
+            trained = Naive(view, reference.model, method, data, targets, rate, everything=way == "n0")
+            step = on_batches(trained, method, data)
+        with trained.attached():
+            for number in range(MEMORY_STEPS):
+                step(number)
+    return peak.device or peak.anonymous
