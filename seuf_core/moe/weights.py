@@ -59,14 +59,17 @@ Tensors = dict[str, torch.Tensor]
 class Streamed:
     """Of a model on the meta device whose layers are on disk.
 
-    Memory: the layers that are held or inside a block, and one more while it is read ahead: two in `each`, one
-    without `prefetch`. A dropped layer leaves nothing behind, and forgets what was done to its weights.
-    For one thread at a time; reading ahead is done by another.
+    The layer that was used last stays until another one is taken, or until `hold`: it is the first that a pass back
+    needs. Where blocks follow one another downwards, inside what `each` went through last, the next one below is read
+    ahead as well: so a backward pass that computes its layers anew is never without its next.
+    Memory: what is held or inside a block, the one used last, and one that is read ahead. That is two layers beside
+    those held, in `each` and on the way back; one without `prefetch`. A dropped layer leaves nothing behind, and
+    forgets what was done to its weights. For one thread at a time; reading ahead is done by another.
 
     Args:
         layers: the decoder layers, whose parameters and persistent buffers are on the meta device.
         read: all of these of one layer, by their names in it.
-        prefetch: whether `each` and `ahead` read the next layer while this one is at work.
+        prefetch: whether anything is read ahead.
     """
 
     def __init__(
@@ -76,14 +79,20 @@ class Streamed:
         self._empty = [layer.state_dict(keep_vars=True) for layer in self._layers]
         self._users: Counter[int] = Counter()
         self._held: set[int] = set()
+        self._idle: int | None = None  # has its weights, and no user
         self._next: tuple[int, Future[Tensors]] | None = None
         self._reader: ThreadPoolExecutor | None = None
+        self._walked: frozenset[int] = frozenset()
+        self._last, self._walking = -1, False
 
     @contextmanager
     def loaded(self, layer: int, /) -> Iterator[None]:
         """See `Weights.loaded`."""
+        downwards, self._last = layer == self._last - 1, layer
         self._take(layer)
         try:
+            if downwards and not self._walking and layer - 1 in self._walked:
+                self.ahead(layer - 1)
             yield
         finally:
             self._leave(layer)
@@ -91,6 +100,7 @@ class Streamed:
     def each(self, layers: Iterable[int]) -> Iterator[int]:
         """See `Weights.each`."""
         order = list(layers)
+        self._walked, self._walking = frozenset(order), True
         try:
             for layer, following in zip(order, [*order[1:], None], strict=True):
                 with self.loaded(layer):
@@ -98,16 +108,17 @@ class Streamed:
                         self.ahead(following)
                     yield layer
         finally:
+            self._walking = False
             self._give_up()
 
     def ahead(self, layer: int, /) -> None:
         """See `Weights.ahead`."""
-        if not self._prefetch or self._users[layer] or (self._next and self._next[0] == layer):
-            return
-        self._give_up()
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(1, thread_name_prefix="seuf-read-ahead")
-        self._next = layer, self._reader.submit(self._read, layer)
+        here = self._users[layer] or layer == self._idle or (self._next and self._next[0] == layer)
+        if self._prefetch and not here:
+            self._give_up()
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, thread_name_prefix="seuf-read-ahead")
+            self._next = layer, self._reader.submit(self._read, layer)
 
     def hold(self, layers: Iterable[int], /) -> None:
         """See `Weights.hold`."""
@@ -118,26 +129,39 @@ class Streamed:
         for layer in sorted(wanted - self._held):
             self._take(layer)
             self._held.add(layer)
+        self._drop_idle()
+        self._give_up()
 
     def _take(self, layer: int) -> None:
-        if not self._users[layer]:
-            self._fill(layer)
+        if layer == self._idle:
+            self._idle = None
+        else:
+            self._drop_idle()
+            if not self._users[layer]:
+                self._fill(layer)
         self._users[layer] += 1
 
     def _leave(self, layer: int) -> None:
         self._users[layer] -= 1
         if not self._users[layer]:
-            for name, empty in self._empty[layer].items():
-                _put(self._layers[layer], name, empty)
+            self._drop_idle()
+            self._idle = layer
+
+    def _drop_idle(self) -> None:
+        if self._idle is not None:
+            for name, empty in self._empty[self._idle].items():
+                _put(self._layers[self._idle], name, empty)
+            self._idle = None
 
     def _fill(self, layer: int) -> None:
         if self._next and self._next[0] == layer:
             (_, reading), self._next = self._next, None
             tensors = reading.result()
         else:
+            self._give_up()
             tensors = self._read(layer)
-        for name, tensor in tensors.items():
-            _put(self._layers[layer], name, tensor)
+        for name in list(tensors):
+            _put(self._layers[layer], name, tensors.pop(name))
 
     def _give_up(self) -> None:
         """Drop what was read ahead; a read that has begun is waited for, so that never two run at once."""
