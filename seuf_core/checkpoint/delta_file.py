@@ -1,14 +1,16 @@
 """delta.safetensors: the changed tensors alone, and what they change. An ordinary safetensors file.
 
-Its metadata entry "seuf" holds the base's digest and the digests that the patched shards must have, so that
+Its metadata entry "seuf" holds the base's digest and the digests that the checkpoint's files must have, so that
 `seuf_core.checkpoint.delta.apply_delta` can rebuild the checkpoint from base and delta and know that it did.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,13 @@ class DeltaFacts:
     Attributes:
         base: digest of the model it applies to (seuf_core.checkpoint.inspect.model_digest).
         created_by, extra: as in the manifest, so that an applied delta gives the same folder, byte for byte.
-        shards: name of each patched shard -> sha256 of the whole patched file, in hex.
+        files: name of every file of the checkpoint but the delta and the manifest -> its sha256, in hex.
     """
 
     base: str
     created_by: str
     extra: dict[str, Any]
-    shards: dict[str, str]
+    files: dict[str, str]
 
 
 def delta_bytes(dirty: Mapping[str, Sequence[TensorRecord]]) -> int:
@@ -49,10 +51,13 @@ def write_delta(
     records: Sequence[TensorRecord],
     tensors: Iterable[torch.Tensor],
     facts: DeltaFacts,
-) -> None:
-    """Write tensors, cast to their records' dtypes, one in memory at a time. Same input, same bytes.
+) -> str:
+    """Write tensors, given in their records' dtypes, one in memory at a time. Same input, same bytes.
 
     By hand, because the library needs every tensor in memory and orders its metadata by a random hash.
+
+    Returns:
+        sha256 of what was written, in hex.
     """
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt", _KEY: json.dumps(asdict(facts), sort_keys=True)}
@@ -67,11 +72,14 @@ def write_delta(
         at += record.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data
+    digest = hashlib.sha256()
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            stream.write(tensor_bytes(tensor))
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for part in chain((head,), map(tensor_bytes, tensors)):
+            digest.update(part)
+            stream.write(part)
     sync(path)
+    return digest.hexdigest()
 
 
 def read_delta(path: Path) -> tuple[dict[str, torch.Tensor], DeltaFacts]:
@@ -88,6 +96,8 @@ def read_delta(path: Path) -> tuple[dict[str, torch.Tensor], DeltaFacts]:
     shard, records = read_shard(path.parent, path.name)
     try:
         facts = DeltaFacts(**json.loads(json.loads(shard.header[8:])["__metadata__"][_KEY]))
+        if not isinstance(facts.files, dict):
+            raise TypeError(facts.files)
     except (KeyError, TypeError, ValueError) as error:
         raise WriteError(
             "not_a_delta",

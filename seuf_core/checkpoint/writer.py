@@ -1,32 +1,33 @@
-"""Write a checkpoint that differs from its base in some tensors: plan, copy and patch, read back, rename.
+"""Write a checkpoint that differs from its base in some tensors: plan, share or copy and patch, read back, rename.
 
-The base is only read. Shards are copied and the changed byte ranges overwritten in the copies: what did not
-change is bit-identical, and shown to be by digest before the folder gets its name. Not used: hard links
-(writing through one would change the base) and a shard of overrides (from_pretrained reads every tensor of
-every shard, and the file that sorts last wins).
+The base is only read. A shard that changes is copied with the new bytes in it; one that does not is shared with the
+base where `Share` allows, else copied. What was copied is read back in the same pass, and known to be the base's
+outside the changed tensors before the folder gets its name. Not used: a shard of overrides (from_pretrained reads
+every tensor of every shard, and the file that sorts last wins).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from seuf_core.checkpoint.copying import Share, copy_patched, share_file, unverified
 from seuf_core.checkpoint.delta_file import DELTA, DeltaFacts, delta_bytes, write_delta
+from seuf_core.checkpoint.digests import Done, remember, remembered, sha256_of
 from seuf_core.checkpoint.index import CONFIG, INDEX, SINGLE, CheckpointIndex, TensorRecord, read_index
 from seuf_core.checkpoint.inspect import TRAINABLE, model_digest, read_config
 from seuf_core.checkpoint.manifest import MANIFEST, BaseRef, ChangedTensor, FileEntry, Manifest, sha256_file
-from seuf_core.checkpoint.reader import TORCH_DTYPES, read_tensor, tensor_bytes, write_all
+from seuf_core.checkpoint.reader import TORCH_DTYPES
 from seuf_core.checkpoint.staging import partial_of, refuse_if_full, staged, sync
+from seuf_core.checkpoint.threads import in_threads
 from seuf_core.errors import ModelError, WriteError
 
 # What belongs to a model beside its shards. A list of what may be copied, not of what may not: code, pickles,
@@ -38,8 +39,6 @@ _BELONGS = (
     "preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
-_HASH_BYTES = 1 << 20
-
 Progress = Callable[[int, int], None]  # bytes done, bytes in all; may raise to stop the writing
 
 
@@ -48,12 +47,11 @@ class WritePlan:
     """Everything checked before a byte is written.
 
     Attributes:
-        base: the folder to copy, absolute.
+        base: the folder it is made from, absolute.
         index: of the base.
         changed: name on disk -> new value, any float dtype and device; cast one at a time when written.
         dirty: shard -> its changed tensors, in file order.
-        files: names of every file to copy but config.json, which is copied last.
-        bytes_total: to write, delta included.
+        files: names of every file of the base that belongs to the model, but config.json, which comes last.
     """
 
     base: Path
@@ -61,7 +59,6 @@ class WritePlan:
     changed: Mapping[str, torch.Tensor]
     dirty: dict[str, list[TensorRecord]]
     files: tuple[str, ...]
-    bytes_total: int
 
     @property
     def records(self) -> list[TensorRecord]:
@@ -84,10 +81,13 @@ def write_checkpoint(
     created_by: str,
     extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    share: Share = "reflink",
 ) -> Manifest:
     """Write `base` with some tensors replaced to the new folder `out`, which appears whole or not at all.
 
-    Memory: one tensor, cast, and 1 MiB.
+    Memory: 3 MiB and one tensor, cast, for each of up to four shards at once.
+    Bytes written: the dirty shards and the small files; of shared shards none; of a dirty shard on a file system with
+    reflinks its changed tensors.
 
     Args:
         base: folder of the base model; only read. Its files may be links (hub caches).
@@ -95,15 +95,18 @@ def write_checkpoint(
             the first axis of a tensor (one expert of a fused one): its other rows stay the base's.
         created_by: program and version, for the manifest.
         extra: JSON for the manifest: method, seed, selection.
-        progress: called with (bytes done, bytes in all), copying and reading back counted alike.
+        progress: called with (bytes done, bytes in all): of files copied, and of shared ones read for their digest.
+        share: what an unchanged shard may share with the base. With "reflink" nothing that is done later to one of
+            the two folders can reach the other. "hardlink" never copies on the base's own file system, but the two
+            folders then hold one file: only for folders into whose files nobody writes.
 
     Raises:
         WriteError: unknown_tensor, wrong_shape, not_finite, overlapping_tensors, output_exists, output_busy,
             output_in_base, disk_full, write_failed, verification_failed.
         ModelError: the base cannot be read.
     """
-    facts = DeltaFacts(base="", created_by=created_by, extra=json.loads(json.dumps(extra or {})), shards={})
-    return write_planned(plan(base, changed), out, facts, progress)
+    facts = DeltaFacts(base="", created_by=created_by, extra=json.loads(json.dumps(extra or {})), files={})
+    return write_planned(plan(base, changed), out, facts, progress, share)
 
 
 def plan(base: Path, changed: Mapping[str, torch.Tensor]) -> WritePlan:
@@ -119,8 +122,7 @@ def plan(base: Path, changed: Mapping[str, torch.Tensor]) -> WritePlan:
         records.sort(key=lambda record: record.offset)
         _refuse_twice(records)
     files = (*(shard.name for shard in index.shards), *companions(base, index))
-    size = sum((base / name).stat().st_size for name in (*files, CONFIG))
-    return WritePlan(base, index, changed, dirty, files, size + delta_bytes(dirty))
+    return WritePlan(base, index, changed, dirty, files)
 
 
 def _checked(index: CheckpointIndex, name: str, tensor: torch.Tensor) -> TensorRecord:
@@ -177,33 +179,34 @@ def companions(base: Path, index: CheckpointIndex) -> list[str]:
 
 
 def write_planned(
-    planned: WritePlan, out: Path, facts: DeltaFacts, progress: Progress | None = None
+    planned: WritePlan,
+    out: Path,
+    facts: DeltaFacts,
+    progress: Progress | None = None,
+    share: Share = "reflink",
 ) -> Manifest:
     """Carry out a plan: `write_checkpoint` past its checks.
 
-    `facts.base` is filled in here. `facts.shards`, when given, are the digests that the patched shards must
-    have (apply_delta).
+    `facts.base` is filled in here. `facts.files`, when given, are the digests that the files must have
+    (apply_delta): then each is read, and none taken from the cache.
     """
     out = Path(out).absolute()
     _refuse_overlap(planned.base, out)
     base = BaseRef(
         digest=model_digest(planned.index), model_type=str(read_config(planned.base).get("model_type"))
     )
-    meter = _Meter(progress, 2 * planned.bytes_total)
     with staged(out) as folder:
-        refuse_if_full(folder, planned.bytes_total)
-        meter.add(0)
-        execute(planned, folder, meter.add)
-        digests = verify(planned, folder, meter.add)
-        _expect(facts.shards, digests)
-        shards = {shard: digests[shard] for shard in sorted(planned.dirty)}
-        written = replace(facts, base=base.digest, shards=shards)
-        write_delta(folder / DELTA, planned.records, map(planned.on_disk, planned.records), written)
-        digests[DELTA] = sha256_file(folder / DELTA)
-        meter.add(0)
-        # Without its config a folder is no model: it comes after everything was verified.
-        _copy(planned.base, folder, CONFIG)
-        digests[CONFIG] = _same(planned.base / CONFIG, folder / CONFIG, [])
+        made = _made(planned, folder, share, remember_digests=not facts.files)
+        refuse_if_full(folder, made.bytes_to_write)
+        meter = _Meter(progress, made.bytes_to_do)
+        digests = execute(made, meter.add)
+        _expect(facts.files, digests)
+        written = replace(facts, base=base.digest, files=digests)
+        values = map(planned.on_disk, planned.records)
+        promised = write_delta(folder / DELTA, planned.records, values, written)
+        digests = {**digests, DELTA: sha256_file(folder / DELTA)}
+        if digests[DELTA] != promised:
+            raise unverified(DELTA)
         meter.add(0)
         manifest = _manifest(planned, folder, digests, base, written)
         (folder / MANIFEST).write_text(manifest.to_json())
@@ -212,93 +215,113 @@ def write_planned(
     return manifest
 
 
-def execute(planned: WritePlan, folder: Path, done: Callable[[int], None]) -> None:
-    """Copy every file but the config into `folder`, and overwrite the changed ranges in the copies.
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """How each file of a folder comes to be; what could be shared with the base stands there already.
 
-    `done` hears the bytes as they are written; it may raise.
+    Attributes:
+        how: name -> reflink, hardlink or copy, for every file but config.json.
+        known: name -> digest of the shared files whose digest is remembered.
+        bytes_to_write: that the disk must have free: what is not shared.
+        bytes_to_do: for progress: every file that is copied, or read for its digest.
     """
-    for name in planned.files:
-        _copy(planned.base, folder, name)
-        done((folder / name).stat().st_size)
-        if name in planned.dirty:
-            with (folder / name).open("r+b", buffering=0) as stream:
-                for record in planned.dirty[name]:
-                    write_all(stream.fileno(), tensor_bytes(planned.on_disk(record)), record.offset)
-                    done(0)
-            sync(folder / name)
+
+    planned: WritePlan
+    folder: Path
+    how: Mapping[str, Share]
+    known: Mapping[str, str]
+    remember_digests: bool
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Copies whole; of reflinks the changed tensors; the delta."""
+        sizes = {name: self.size(name) for name in (*self.how, CONFIG)}
+        copied = sum(size for name, size in sizes.items() if self.how.get(name, "copy") == "copy")
+        patched = sum(
+            record.bytes for name, records in self.planned.dirty.items() if self.how[name] != "copy"
+            for record in records
+        )  # fmt: skip
+        return copied + patched + delta_bytes(self.planned.dirty)
+
+    @property
+    def bytes_to_do(self) -> int:
+        """Every file whose digest is not known yet."""
+        return sum(self.size(name) for name in (*self.how, CONFIG) if name not in self.known)
+
+    def size(self, name: str) -> int:
+        """Of the base's file, which is that of ours."""
+        return (self.planned.base / name).stat().st_size
+
+    def make(self, name: str, done: Done) -> str:
+        """Make one file, if it is not there, and return its digest."""
+        source, target = self.planned.base / name, self.folder / name
+        records, how = self.planned.dirty.get(name, ()), self.how.get(name, "copy")
+        if how == "copy" or records:
+            return copy_patched(
+                source, target, records, self.planned.on_disk, done, reflinked=how == "reflink"
+            )
+        before = source.stat()
+        digest = sha256_of(target, done)  # its bytes are the base's own
+        if self.remember_digests:
+            remember(source, before, digest)
+        return digest
 
 
-def verify(planned: WritePlan, folder: Path, done: Callable[[int], None]) -> dict[str, str]:
-    """Read the copies back: changed tensors are what was asked for, every other byte is the base's.
+def _made(planned: WritePlan, folder: Path, share: Share, *, remember_digests: bool) -> _Making:
+    """Share with the base what can be shared: an instant, after which it is known how much must be written.
+
+    A shard that changes may be a reflink, never a hard link. What a person may edit (tokenizer, licence) is copied.
+    """
+    how: dict[str, Share] = dict.fromkeys(planned.files, "copy")
+    for shard in planned.index.shards:
+        allowed: Share = "reflink" if shard.name in planned.dirty and share != "copy" else share
+        how[shard.name] = share_file(planned.base / shard.name, folder / shard.name, allowed)
+    known: dict[str, str] = {}
+    if remember_digests:
+        for name in how:
+            if how[name] != "copy" and name not in planned.dirty:
+                digest = remembered(planned.base / name)
+                known |= {name: digest} if digest else {}
+    return _Making(planned, folder, how, known, remember_digests)
+
+
+def execute(making: _Making, done: Done) -> dict[str, str]:
+    """Make every file, the large ones first and several at once; config.json last, when all others are verified.
+
+    Without its config a folder is no model: what a killed writer leaves behind cannot be mistaken for one.
 
     Returns:
-        Name -> sha256 of every file written so far, in hex.
+        Name -> sha256, in hex.
 
     Raises:
-        WriteError: verification_failed, naming the tensor or the file.
+        WriteError: verification_failed, naming the tensor or the file; and whatever `done` raises.
     """
-    digests: dict[str, str] = {}
-    for name in planned.files:
-        records = planned.dirty.get(name, [])
-        with (folder / name).open("rb", buffering=0) as stream:
-            for record in records:
-                # As bytes: equal floats may still differ in the sign of a zero.
-                if tensor_bytes(read_tensor(stream.fileno(), record)) != tensor_bytes(
-                    planned.on_disk(record)
-                ):
-                    raise _unverified(f"tensor {record.name} in {name}")
-        digests[name] = _same(planned.base / name, folder / name, records)
-        done((folder / name).stat().st_size)
-    return digests
-
-
-def _same(base: Path, copy: Path, changed: list[TensorRecord]) -> str:
-    """The sha256 of `copy`, once it is known to equal `base` outside the changed tensors."""
-    outside = _digest_outside(copy, changed)
-    if outside != _digest_outside(base, changed):
-        raise _unverified(copy.name)
-    return sha256_file(copy) if changed else outside
-
-
-def _digest_outside(path: Path, tensors: list[TensorRecord]) -> str:
-    """sha256 of a file's bytes without those of some tensors (in file order)."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        ends = [0, *(record.offset + record.bytes for record in tensors)]
-        begins = [*(record.offset for record in tensors), size]
-        for at, end in zip(ends, begins, strict=True):
-            while at < end and (piece := os.pread(stream.fileno(), min(_HASH_BYTES, end - at), at)):
-                digest.update(piece)
-                at += len(piece)
-    return digest.hexdigest()
+    done(0)
+    # What is copied takes longer than what is only hashed.
+    names = sorted(
+        making.how.keys() - making.known.keys(),
+        key=lambda name: (making.size(name) * (1 + (making.how[name] == "copy")), name),
+        reverse=True,
+    )
+    digests = in_threads([partial(making.make, name) for name in names], done)
+    found = {**making.known, **dict(zip(names, digests, strict=True))}
+    return {**found, CONFIG: in_threads([partial(making.make, CONFIG)], done)[0]}
 
 
 def _expect(expected: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    for shard, digest in expected.items():
-        if digests.get(shard) != digest:
-            raise _unverified(shard)
-
-
-def _unverified(what: str) -> WriteError:
-    return WriteError(
-        "verification_failed",
-        f"{what} does not read back as it was written.",
-        "Check the disk and the memory.",
-    )
+    for name, digest in expected.items():
+        if digests.get(name) != digest:
+            raise WriteError(
+                "verification_failed",
+                f"{name} of the result is not the file that the delta promises.",
+                "Give the base it was made from, unchanged, and the delta as it was written.",
+            )
 
 
 def _refuse_overlap(base: Path, out: Path) -> None:
     inside, partial = base.resolve(), partial_of(out).resolve()
     if out.resolve().is_relative_to(inside) or inside.is_relative_to(partial):
         raise WriteError("output_in_base", f"{out} overlaps the base {base}.", "Choose a folder outside it.")
-
-
-def _copy(base: Path, folder: Path, name: str) -> None:
-    # Resolved first: hub caches hold links to blobs, and a copied link would still be the base's file.
-    # copyfile beat copy_file_range by 3 to 6 times where it was measured.
-    shutil.copyfile((base / name).resolve(strict=True), folder / name)
-    sync(folder / name)
 
 
 def _manifest(

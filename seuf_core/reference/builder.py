@@ -8,9 +8,7 @@ exists is whole.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from seuf_core.cache import cache_folder
 from seuf_core.reference import architecture as shapes
 from seuf_core.reference.corpus import probes, training_examples
 from seuf_core.reference.facts import DOMAINS, FORGET, TEMPLATES, Fact, load_facts
@@ -76,7 +75,7 @@ def build(
         specialisation: how much the routers are made to tell the domains apart (architecture.TAU).
         seed: of initial weights, batch order, held-out phrasings and distractors; not of the choice of facts.
         twin: leave the forget domain out of training (tokeniser and probes stay the same).
-        cache: folder to build in instead of the user's (see cache_folder).
+        cache: folder to build in instead of the user's (see seuf_core.cache.cache_folder).
         progress: called after every step.
         size: "tiny" trains in seconds and knows little; it is there for tests.
         steps: instead of the recipe's.
@@ -107,17 +106,6 @@ def build(
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return Reference.open(folder)
-
-
-def cache_folder() -> Path:
-    """SEUF_CACHE if set, else `seuf` in the platform's cache folder (~/.cache or XDG_CACHE_HOME on Linux)."""
-    if os.environ.get("SEUF_CACHE"):
-        return Path(os.environ["SEUF_CACHE"]).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "seuf"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "seuf" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seuf"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,14 @@ def models(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """Digests are remembered in a cache of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEUF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def own(models, tmp_path):
     """own("olmoe"): a copy this test may break."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from seuf_core.checkpoint import staging
+from seuf_core.checkpoint.copying import Share
 from seuf_core.checkpoint.inspect import inspect_model
 from seuf_core.checkpoint.manifest import read_manifest, verify_files
 from seuf_core.checkpoint.writer import write_checkpoint
@@ -21,8 +22,10 @@ from tests.checkpoint.edits import contents, edited, names
 CHANGED = edited("olmoe", layer=1, expert=3)[1]
 
 
-def _write(base: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    write_checkpoint(base, out, CHANGED, "test", progress=progress)
+def _write(
+    base: Path, out: Path, progress: Callable[[int, int], None] | None = None, share: Share = "reflink"
+) -> None:
+    write_checkpoint(base, out, CHANGED, "test", progress=progress, share=share)
 
 
 def _in_child(act: Callable[[], None]) -> int:
@@ -60,19 +63,23 @@ def undisturbed(models, tmp_path_factory):
     return SimpleNamespace(out=out, calls=len(calls))
 
 
-def test_killed_after_any_step_leaves_nothing_and_the_next_run_succeeds(models, tmp_path, undisturbed):
+@pytest.mark.parametrize("share", ["reflink", "hardlink"])
+def test_killed_after_any_step_leaves_nothing_and_the_next_run_succeeds(
+    models, tmp_path, undisturbed, share, monkeypatch
+):
+    monkeypatch.setenv("SEUF_CACHE", os.devnull)  # no digest is remembered: every file is a step each time
     base, out = models("olmoe"), tmp_path / "out"
     before = contents(base)
-    assert undisturbed.calls > 20  # files copied, tensors patched, files read back, delta, config, manifest
+    assert undisturbed.calls > 15  # the start, each file, config, delta, manifest
     for call in range(undisturbed.calls):
-        status = _in_child(lambda call=call: _write(base, out, _kill_at(call)))
+        status = _in_child(lambda call=call: _write(base, out, _kill_at(call), share))
         assert os.WIFSIGNALED(status), call
         assert os.WTERMSIG(status) == signal.SIGKILL
         assert names(tmp_path) == ["out.partial"], call
-        if call < undisturbed.calls - 2:  # until the config is there, not even the leftover is a model
+        if call < undisturbed.calls - 3:  # until the config is there, not even the leftover is a model
             with pytest.raises(ModelError):
                 inspect_model(tmp_path / "out.partial")
-    _write(base, out)
+    _write(base, out, share=share)
     assert _is_whole(out, undisturbed.out)
     assert names(tmp_path) == ["out"]
     assert contents(base) == before
@@ -135,6 +142,24 @@ def test_an_exception_from_the_caller_stops_and_cleans_up(models, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _write(models("olmoe"), tmp_path / "out", stop)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("share", ["reflink", "hardlink", "copy"])
+def test_a_cancelled_or_failed_write_leaves_the_base_alone(own, tmp_path, share):
+    base = own("olmoe")
+    before, facts = contents(base), {path: path.stat() for path in base.iterdir()}
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _write(base, tmp_path / "out", stop, share)
+    assert names(tmp_path) == [base.name]
+    assert contents(base) == before
+    for path, then in facts.items():
+        now = path.stat()
+        assert (now.st_mode, now.st_nlink, now.st_mtime_ns) == (then.st_mode, 1, then.st_mtime_ns)
 
 
 def test_two_writers_of_one_output(models, tmp_path, undisturbed):

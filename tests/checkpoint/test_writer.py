@@ -1,14 +1,18 @@
 """A written checkpoint is the edited model, and the base in every other byte."""
 
 import json
+import os
+import shutil
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seuf_core.checkpoint import writer
+from seuf_core.checkpoint import copying, delta_file, staging
 from seuf_core.checkpoint.index import read_index
 from seuf_core.checkpoint.inspect import inspect_model
 from seuf_core.checkpoint.manifest import read_manifest, sha256_file, verify_files
@@ -204,7 +208,8 @@ def test_a_folder_of_somebody_else_in_the_way_is_left_alone(models, tmp_path):
     assert (mine / "thesis.txt").read_text() == "years"
 
 
-def test_links_of_a_hub_cache_become_files(models, tmp_path):
+@pytest.mark.parametrize("share", ["reflink", "hardlink"])
+def test_links_of_a_hub_cache_become_files(models, tmp_path, share):
     blobs, base = tmp_path / "blobs", tmp_path / "snapshot"
     base.mkdir()
     blobs.mkdir()
@@ -214,8 +219,9 @@ def test_links_of_a_hub_cache_become_files(models, tmp_path):
         (base / file.name).symlink_to(blob)
     before = contents(blobs)
     out = tmp_path / "out"
-    write_checkpoint(base, out, {ONE: torch.zeros(32, 16)}, "test")
+    write_checkpoint(base, out, {ONE: torch.zeros(32, 16)}, "test", share=share)
     assert not any(path.is_symlink() for path in out.iterdir())
+    verify_files(out, read_manifest(out))
     assert contents(blobs) == before
     (blobs / sha256_file(models("olmoe") / "tokenizer.json")).unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json") as caught:
@@ -265,20 +271,145 @@ def test_progress_rises_to_the_total(models, tmp_path):
 
 @pytest.mark.parametrize("place", ["changed", "elsewhere", "companion", "longer"])
 def test_what_does_not_read_back_is_never_published(models, tmp_path, monkeypatch, place):
-    """A disk that flips one bit after the writing, in each kind of place."""
+    """A disk that flips one bit of what was just written, or writes too much, in each kind of place."""
     base, out, record = models("olmoe"), tmp_path / "out", read_index(models("olmoe")).tensors[ONE]
     name = "tokenizer.json" if place == "companion" else record.shard
-    real = writer.execute
+    at = {"changed": record.offset + 5, "elsewhere": record.offset - 1, "companion": 9, "longer": 0}[place]
+    size, real = (base / name).stat().st_size, copying.write_all
 
-    def faulty(planned, folder, done):
-        real(planned, folder, done)
-        data = bytearray((folder / name).read_bytes())
-        at = {"changed": record.offset + 5, "elsewhere": record.offset - 1, "companion": 9, "longer": 0}[
-            place
-        ]
-        data[at] ^= 0 if place == "longer" else 1
-        (folder / name).write_bytes(data + (b"\0" if place == "longer" else b""))
+    def faulty(file: int, data: memoryview, offset: int) -> None:
+        real(file, data, offset)
+        if Path(f"/proc/self/fd/{file}").resolve().name == name:
+            if place == "longer":
+                os.pwrite(file, b"\0", size)
+            elif offset <= at < offset + len(data):
+                os.pwrite(file, bytes([data[at - offset] ^ 1]), at)
 
-    monkeypatch.setattr(writer, "execute", faulty)
+    monkeypatch.setattr(copying, "write_all", faulty)
     assert _refused(base, out, {ONE: torch.zeros(32, 16)}).code == "verification_failed"
     assert names(tmp_path) == []
+
+
+def test_a_delta_that_does_not_read_back_is_never_published(models, tmp_path, monkeypatch):
+    real = delta_file.sync
+
+    def faulty(path: Path) -> None:
+        with path.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\xff")
+        real(path)
+
+    monkeypatch.setattr(delta_file, "sync", faulty)
+    error = _refused(models("olmoe"), tmp_path / "out", {ONE: torch.zeros(32, 16)})
+    assert (error.code, "delta.safetensors" in error.message) == ("verification_failed", True)
+
+
+@pytest.mark.parametrize("share", ["reflink", "hardlink", "copy"])
+def test_what_may_be_shared_and_what_never(own, tmp_path, share):
+    """Shards that change and files that a person edits are files of their own, whatever may be shared."""
+    base, out = own("olmoe"), tmp_path / "out"
+    before, modes = contents(base), {path.name: path.stat().st_mode for path in base.iterdir()}
+    write_checkpoint(base, out, {ONE: torch.zeros(32, 16)}, "test", share=share)
+    dirty = read_index(base).tensors[ONE].shard
+    linked = {name for name in names(base) if (out / name).samefile(base / name)}
+    clean = {shard.name for shard in read_index(base).shards} - {dirty}
+    assert linked == (clean if share == "hardlink" else set())
+    plain = tmp_path / "plain"
+    write_checkpoint(base, plain, {ONE: torch.zeros(32, 16)}, "test", share="copy")
+    assert contents(out) == contents(plain)
+    # Neither another checkpoint made of this one, nor its end, reaches the base.
+    write_checkpoint(out, tmp_path / "next", {ONE: torch.ones(32, 16)}, "test", share=share)
+    shutil.rmtree(out)
+    assert contents(base) == before
+    assert {path.name: path.stat().st_mode for path in base.iterdir()} == modes
+
+
+def test_a_shared_file_that_is_changed_later_is_seen(own, tmp_path):
+    """What a hard link costs, and that the manifest tells."""
+    base, out = own("olmoe"), tmp_path / "out"
+    manifest = write_checkpoint(base, out, {ONE: torch.zeros(32, 16)}, "test", share="hardlink")
+    shard = next(
+        shard.name for shard in read_index(base).shards if (out / shard.name).samefile(base / shard.name)
+    )
+    with (base / shard).open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    with pytest.raises(WriteError, match=shard):
+        verify_files(out, manifest)
+
+
+def test_saving_over_a_base_or_a_checkpoint_with_the_library_parts_them(own, tmp_path):
+    """The library replaces files and does not write into them, so the other folder keeps its own."""
+    base, out = own("olmoe"), tmp_path / "out"
+    write_checkpoint(base, out, {}, "test", share="hardlink")
+    before = contents(base)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    torch.nn.init.ones_(model.lm_head.weight)
+    model.save_pretrained(out, max_shard_size="40KB")
+    assert contents(base) == before
+
+
+def _needs(base: Path, changed: dict[str, torch.Tensor]) -> int:
+    """Bytes of the files that a checkpoint with hard links cannot share, delta and manifest excepted."""
+    index = read_index(base)
+    clean = {shard.name for shard in index.shards} - {index.tensors[name].shard for name in changed}
+    return sum(path.stat().st_size for path in base.iterdir() if path.name not in clean)
+
+
+def test_only_what_is_written_must_fit(models, tmp_path, monkeypatch):
+    base, changed = models("olmoe"), {ONE: torch.zeros(32, 16)}
+    whole = sum(path.stat().st_size for path in base.iterdir())
+    free = _needs(base, changed) + 10_000
+    assert free < whole
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert _refused(base, tmp_path / "out", changed).code == "disk_full"
+    write_checkpoint(base, tmp_path / "out", changed, "test", share="hardlink")
+
+
+def test_with_links_only_dirty_shards_and_small_files_are_written(models, tmp_path):
+    base, changed = models("olmoe"), {ONE: torch.zeros(32, 16)}
+    write_checkpoint(base, tmp_path / "warm", changed, "test", share="hardlink")
+    before = _written()
+    write_checkpoint(base, tmp_path / "out", changed, "test", share="hardlink")
+    new = sum((tmp_path / "out" / name).stat().st_size for name in ("delta.safetensors", "manifest.json"))
+    assert 0 <= _written() - before - _needs(base, changed) - new < 1000  # the cache, and what counts it
+
+
+def _written() -> int:
+    """Bytes that this process has given to write(), so far."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["wchar"])
+
+
+def test_what_is_shared_is_read_for_its_digest_once(own, tmp_path):
+    """The second checkpoint of a base has only what it writes to do; so has one made from the first."""
+    base, changed = own("olmoe"), {ONE: torch.zeros(32, 16)}
+    for path in base.iterdir():
+        os.utime(path, (1, 1))
+    whole, totals, last = sum(path.stat().st_size for path in base.iterdir()), [], [0]
+    for name, of in (("a", base), ("b", base), ("c", tmp_path / "a")):
+
+        def progress(_: int, total: int) -> None:
+            last[0] = total
+
+        write_checkpoint(of, tmp_path / name, changed, "test", progress=progress, share="hardlink")
+        totals.append(last[0])
+    assert totals == [whole, _needs(base, changed), _needs(base, changed)]
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+
+
+def test_memory_is_a_few_pieces_whatever_the_size(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    large = {name: torch.zeros(4 << 20, dtype=torch.bfloat16) for name in "abcd"}  # 8 MiB each
+    save_file(large, base / "model.safetensors")
+    changed = {"b": torch.ones(4 << 20, dtype=torch.bfloat16)}
+    tracemalloc.start()
+    try:
+        write_checkpoint(base, tmp_path / "out", changed, "test")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 << 20
+    assert load_file(tmp_path / "out" / "model.safetensors")["b"].eq(1).all()

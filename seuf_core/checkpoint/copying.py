@@ -1,0 +1,141 @@
+"""One file of a checkpoint, made from the base's: shared where it may be, else copied and patched in one pass."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from seuf_core.checkpoint.digests import PIECE, BackgroundDigest, Done
+from seuf_core.checkpoint.index import TensorRecord
+from seuf_core.checkpoint.reader import tensor_bytes, write_all
+from seuf_core.checkpoint.staging import sync
+from seuf_core.errors import WriteError
+
+# How a file that equals the base's may come to be, each with what follows it as the second choice:
+#   reflink   its own file on the same blocks, until one of the two is changed (btrfs, XFS, bcachefs); else a copy
+#   hardlink  a reflink; else the base's file under a second name; else a copy
+#   copy      always a copy
+Share = Literal["reflink", "hardlink", "copy"]
+
+_FICLONE = 0x40049409  # linux/fs.h; the fcntl module names it from Python 3.13 on
+# The file system cannot, the two lie on different ones, or the kernel forbids a link to somebody else's file.
+_CANNOT = frozenset(
+    {
+        errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL,
+        errno.ENOSYS,
+    }
+)  # fmt: skip
+
+
+def share_file(source: Path, target: Path, share: Share) -> Share:
+    """Let the new file `target` share the bytes of `source`, and say how; "copy": there is no target yet.
+
+    A hard link is one file: whoever writes into it later changes both. Its mode is the base's too.
+    """
+    source = source.resolve(strict=True)  # os.link on a symbolic link (hub caches) would link the link
+    if share != "copy" and _reflink(source, target):
+        how: Share = "reflink"
+    elif share == "hardlink" and _hard_link(source, target):
+        how = "hardlink"
+    else:
+        return "copy"
+    sync(target)
+    return how
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    with source.open("rb") as base, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, base.fileno())
+        except OSError as error:
+            target.unlink()
+            if error.errno in _CANNOT:
+                return False
+            raise
+    return True
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
+def copy_patched(
+    source: Path,
+    target: Path,
+    records: Sequence[TensorRecord],
+    value: Callable[[TensorRecord], torch.Tensor],
+    done: Done,
+    *,
+    reflinked: bool = False,
+) -> str:
+    """Write `source` with some tensors replaced to `target`; the sha256 of what was read back of it, in hex.
+
+    One pass: each piece is written, read back, compared with what was meant, and hashed while the next one is written.
+    So the digest is that of a file of which every byte is known to be the base's or the new value's.
+    Memory: 3 MiB and one tensor.
+
+    Args:
+        records: the changed tensors, in file order; value: the new value of each, as the file holds it.
+        reflinked: `target` is a reflink of `source` already, so only the tensors are written.
+
+    Raises:
+        WriteError: verification_failed.
+    """
+    mode = "r+b" if reflinked else "x+b"  # x: never into a file that is there, which could be somebody's link
+    with (
+        source.open("rb", buffering=0) as base,
+        target.open(mode, buffering=0) as out,
+        BackgroundDigest() as digest,
+    ):
+        size = os.fstat(base.fileno()).st_size
+        for begin, end, record in _spans(records, size):
+            new = None if record is None else tensor_bytes(value(record))
+            for at in range(begin, end, PIECE):
+                length = min(PIECE, end - at)
+                wanted = None
+                if new is not None:
+                    wanted = bytes(new[at - begin : at - begin + length])
+                elif not reflinked:
+                    wanted = os.pread(base.fileno(), length, at)
+                if wanted is not None:
+                    write_all(out.fileno(), memoryview(wanted), at)
+                found = os.pread(out.fileno(), length, at)
+                if len(found) != length or wanted not in (None, found):
+                    raise unverified(record.name if record else target.name)
+                digest.update(found)
+                done(length)
+        os.fsync(out.fileno())
+        if os.fstat(out.fileno()).st_size != size:
+            raise unverified(target.name)
+        return digest.hexdigest()
+
+
+def _spans(records: Sequence[TensorRecord], size: int) -> Iterator[tuple[int, int, TensorRecord | None]]:
+    """A file from its first byte to its last, cut into (begin, end, changed tensor or None)."""
+    at = 0
+    for record in records:
+        yield at, record.offset, None
+        at = record.offset + record.bytes
+        yield record.offset, at, record
+    yield at, size, None
+
+
+def unverified(what: str) -> WriteError:
+    """The error of something that is on the disk otherwise than it was written."""
+    return WriteError(
+        "verification_failed",
+        f"{what} does not read back as it was written.",
+        "Check the disk and the memory.",
+    )
