@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,10 +19,17 @@ from seuf_core.moe.view import MoEView, require_experts
 from seuf_core.observer import Observer
 from seuf_core.unlearning.terms import TrainingData
 
+Residency = Literal["whole", "suffix", "streamed"]
+
 
 @dataclass(frozen=True)
 class Job:
-    """What every later step needs. `folder` is the base model's, which is only read."""
+    """What every later step needs. `folder` is the base model's, which is only read.
+
+    residency: which decoder layers are in memory: `whole`, all of them; `suffix`, none while experts are scored, then
+    those from the lowest target layer on; `streamed`, then those of the targets only. The others are read when they
+    are needed.
+    """
 
     folder: Path
     view: MoEView
@@ -31,6 +39,14 @@ class Job:
     test_probes: list[EncodedProbe]
     method: Method
     observer: Observer
+    residency: Residency = "whole"
+
+    def hold_for(self, targets: Mapping[int, tuple[int, ...]]) -> None:
+        """Keep the layers in memory that training these experts keeps there; without any, all of them."""
+        layers = range(self.view.num_layers)
+        if targets and self.residency != "whole":
+            layers = range(min(targets), self.view.num_layers)
+        self.view.weights.hold(targets if targets and self.residency == "streamed" else layers)
 
 
 def load(
@@ -52,17 +68,17 @@ def load(
 
 
 def open_job(
-    model: Path, inputs: Inputs, method: Method, observer: Observer, hold: Iterable[int] | None = None
+    model: Path, inputs: Inputs, method: Method, observer: Observer, residency: Residency = "whole"
 ) -> Job:
     """Load the model and tokenise everything, so that a text that cannot be used is known before the training.
 
-    Says how many examples and probes `max_length` cut. `hold`: see `load`.
+    Says how many examples and probes `max_length` cut. `residency`: see `Job`.
 
     Raises:
         ModelError: dense_model, when the scope chooses experts and the model has none; and as `open_model` does.
         DataError: see `encode_pairs`.
     """
-    view, tokenizer = load(model, hold)
+    view, tokenizer = load(model, None if residency == "whole" else ())
     if method.selects_experts:
         require_experts(view)
     forget, retain = (
@@ -87,4 +103,4 @@ def open_job(
             message = f"{cut} of {len(sequences)} {what} were cut to {method.max_length} tokens."
             observer.event("warning", {"code": code, "message": message})
     data = TrainingData(forget, retain, alternatives)
-    return Job(model, view, inputs, data, selection, test, method, observer)
+    return Job(model, view, inputs, data, selection, test, method, observer, residency)

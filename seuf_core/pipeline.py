@@ -29,9 +29,9 @@ from seuf_core.inputs import read_inputs
 from seuf_core.job import Job, open_job
 from seuf_core.method import Method
 from seuf_core.moe.disk import round_to_disk
-from seuf_core.moe.forward import Forward
 from seuf_core.moe.routing import can_mask, experts_masked
 from seuf_core.observer import Observer, Silent
+from seuf_core.passes import open_test_pass
 from seuf_core.search import Found, search
 from seuf_core.unlearning.scopes import assign
 from seuf_core.version import __version__
@@ -133,7 +133,7 @@ def unlearn(
     clock.lap("attributing")
     found = search(job, attributed.candidates if attributed else ((),), work, _announcing(job, attributed))
     clock.lap("unlearning")
-    metrics = measure(job, found)
+    metrics = measure(job, found, work)
     clock.lap("evaluating")
     changed = found.trainable.disk_tensors()
     manifest = None
@@ -234,13 +234,14 @@ def attribute(job: Job) -> Attributed:
     return attributed
 
 
-def measure(job: Job, found: Found) -> list[dict[str, Any]]:
+def measure(job: Job, found: Found, work: Path) -> list[dict[str, Any]]:
     """Test figures, looked at once: before, after, and both with the target experts masked out of the routing
     (where every layer keeps enough other experts).
 
     Leaves the model with the values of the best step merged in, rounded to what the files can hold.
     """
     probes, targets = job.test_probes, found.targets
+    forward = open_test_pass(job, targets, work)
     masks = (False, True) if targets and can_mask(job.view, targets) else (False,)
     stages = [(name, mask) for name in ("before", "after") for mask in masks]
     rows: list[dict[str, Any]] = []
@@ -251,7 +252,7 @@ def measure(job: Job, found: Found) -> list[dict[str, Any]]:
         found.trainable.merge()
         round_to_disk(found.trainable.disk_tensors(), index)
         with experts_masked(job.view, targets if masked else {}):
-            scored = summarise(probes, score_probes(Forward(job.view), probes))
+            scored = summarise(probes, score_probes(forward, probes))
         rows += [{"stage": f"{name}_masked" if masked else name, **row} for row in scored]
     job.observer.phase("evaluating", len(stages), len(stages))
     return rows

@@ -20,7 +20,7 @@ from seuf_core.errors import Cancelled, MethodError, ModelError
 from seuf_core.evaluate.probes import score_probes
 from seuf_core.job import Job
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
-from seuf_core.moe.forward import Forward
+from seuf_core.passes import Passes, open_passes
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import build_objective
 from seuf_core.unlearning.rule import FORGOTTEN, Look, Quality, order, quality_of
@@ -63,18 +63,13 @@ def search(
     """
     candidates = _trained(job.method, candidates)
     runs = len(candidates) * job.method.rungs
-    base = _quality(job)
-    if not base.finite:
-        raise ModelError(
-            "no_numbers",
-            f"The base model, in {job.view.model.dtype}, gives no finite number for a probe of the selection part.",
-            "Use a checkpoint in bfloat16 or float32 that answers every probe.",
-            "/model",
-        )
+    base: Quality | None = None
     best: Found | None = None
     for place, selection in enumerate(candidates):
         announce(selection)
-        found = _attempt(job, selection, base, work, place * job.method.rungs, runs)
+        passes = open_passes(job, by_layer(selection), work)
+        base = base or _base_quality(job, passes)
+        found = _attempt(job, passes, selection, base, work, place * job.method.rungs, runs)
         if best is None or order(found.rung.best) < order(best.rung.best):
             best = found
         if _has_forgotten(found.rung):
@@ -103,11 +98,25 @@ def _trained(method: Method, candidates: Sequence[Selection]) -> Sequence[Select
     return [candidates[0], *seen]
 
 
-def _quality(job: Job) -> Quality:
-    return quality_of(job.selection_probes, score_probes(Forward(job.view), job.selection_probes))
+def _quality(job: Job, passes: Passes) -> Quality:
+    return quality_of(job.selection_probes, score_probes(passes.looks, job.selection_probes))
 
 
-def _attempt(job: Job, selection: Selection, base: Quality, work: Path, first: int, runs: int) -> Found:
+def _base_quality(job: Job, passes: Passes) -> Quality:
+    base = _quality(job, passes)
+    if not base.finite:
+        raise ModelError(
+            "no_numbers",
+            f"The base model, in {job.view.model.dtype}, gives no finite number for a probe of the selection part.",
+            "Use a checkpoint in bfloat16 or float32 that answers every probe.",
+            "/model",
+        )
+    return base
+
+
+def _attempt(
+    job: Job, passes: Passes, selection: Selection, base: Quality, work: Path, first: int, runs: int
+) -> Found:
     """One selection at every rate that may still help; its best run.
 
     Its parameters are its own and the model itself stays the base, so that nothing of it reaches the next attempt.
@@ -123,8 +132,8 @@ def _attempt(job: Job, selection: Selection, base: Quality, work: Path, first: i
         method=method,
         trainable=trainable,
         initial=initial,
-        objective=build_objective(Forward(job.view), method, job.data, targets),
-        evaluate=lambda: _quality(job),
+        objective=build_objective(passes.training, method, job.data, targets),
+        evaluate=lambda: _quality(job, passes),
         base=base,
         sizes=(len(job.data.forget), len(job.data.retain)),
         work=work,

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from seuf_core.data.batches import Batch, Encoded, bucketed, collate
-from seuf_core.moe.passes import Flow, Route, embed, route, run_layer
+from seuf_core.moe.passes import Flow, Route, route, run_layer
 from seuf_core.moe.shelf import Shelf
 from seuf_core.moe.start_layer import StartLayer, Watched
+from seuf_core.moe.sweep import embedded
 from seuf_core.moe.view import MoEView
 
 # Padded tokens that go through one layer at once while constants are computed.
@@ -36,12 +38,17 @@ class Constants(Protocol):
 
 @torch.no_grad()
 def keep_all(
-    view: MoEView, wanted: Sequence[tuple[Constants, Sequence[Encoded]]], tokens: int = TOKENS_PER_PASS
+    view: MoEView,
+    wanted: Sequence[tuple[Constants, Sequence[Encoded]]],
+    *,
+    tokens: int = TOKENS_PER_PASS,
+    folder: Path | None = None,
 ) -> None:
     """Run all sequences up to a decoder layer and keep what each of `wanted`, which share it, keeps of its own.
 
     One layer after the other runs over all batches, so that each is read once. Memory: one layer (two while the next
-    is read), H numbers of the model's dtype for each padded token, and the activations of `tokens` tokens.
+    is read), what flows into it (`seuf_core.moe.sweep.States`: past a limit on disk, in `folder`), and the
+    activations of `tokens` tokens.
     """
     (layer,) = {constants.layer for constants, _ in wanted}
     parts = [
@@ -49,13 +56,14 @@ def keep_all(
         for constants, rows in wanted
         for part in bucketed(rows, lambda row: len(row.input_ids), tokens)
     ]
-    flows = [embed(view, collate(part).to(view.model.device)) for _, part in parts]
+    states, routes = embedded(view, [collate(part) for _, part in parts], folder=folder)
     for index in view.weights.each(range(layer + 1)):
-        for at, ((constants, part), (flow, routed)) in enumerate(zip(parts, flows, strict=True)):
+        for number, (constants, part) in enumerate(parts):
+            flow = states.get(number, view.model.device)
             if index == layer:
-                constants.keep(part, flow, routed)
+                constants.keep(part, flow, routes[number])
             else:
-                flows[at] = run_layer(view, index, flow, routed), routed
+                states.put(number, run_layer(view, index, flow, routes[number]))
 
 
 class FromStates:

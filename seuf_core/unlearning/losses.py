@@ -160,16 +160,15 @@ def pdu(logits: torch.Tensor) -> torch.Tensor:
 # Of hidden states and routers: mean over the real tokens of a mask.
 
 
-def masked_mse(states: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of `mask` and over H of the squared difference (RMU, arXiv 2403.03218 section 4).
+def mse(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens and over H of the squared difference (RMU, arXiv 2403.03218 section 4).
 
     One mean over all tokens of the batch; open-unlearning's divides [B] by [B, 1] and so mixes its examples.
 
     Args:
-        states: [B, S, H]; target: [B, S, H] or broadcastable to it; mask: [B, S], true for real tokens.
+        states: [P, H]; target: [P, H] or broadcastable to it.
     """
-    squared = (states.float() - target.float()).square().mean(dim=-1)
-    return (squared * mask).sum() / mask.sum()
+    return (states.float() - target.float()).square().mean()
 
 
 def control_vector(hidden_size: int, seed: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from seuf_core.data.batches import Batch, Encoded, collate
-from seuf_core.moe.forward import Forward, layer_states
+from seuf_core.moe.forward import Forward
 from seuf_core.moe.head import negative_log_likelihood, token_nll
 from seuf_core.moe.view import moe_view
 from seuf_core.unlearning import losses
@@ -205,21 +205,9 @@ def test_pdu_pulls_the_largest_logit_down() -> None:
     torch.testing.assert_close(logits.grad, torch.tensor([[-2.0, -2.0, 4.0]]))
 
 
-def test_masked_mse_by_hand() -> None:
-    """H = 2. Token 0: ((1-0)^2 + (3-1)^2)/2 = 2.5; token 1: (4 + 4)/2 = 4; token 2 is masked. Mean 3.25."""
-    states = torch.tensor([[[1.0, 3.0], [2.0, -1.0], [9.0, 9.0]]])
-    target = torch.tensor([0.0, 1.0])
-    mask = torch.tensor([[True, True, False]])
-    close(losses.masked_mse(states, target, mask), 3.25)
-
-
-def test_masked_mse_is_one_mean_over_the_tokens_of_all_examples() -> None:
-    """Example 0 has 1 and 3 squared, example 1 has 4 squared: (1 + 9 + 16) / 3, not ((1 + 9) / 2 + 16) / 2."""
-    states = torch.tensor([[[1.0], [3.0]], [[4.0], [7.0]]])
-    close(
-        losses.masked_mse(states, torch.zeros(1), torch.tensor([[True, True], [True, False]])),
-        26 / 3,
-    )
+def test_mse_by_hand() -> None:
+    """H = 2. Token 0: ((1-0)^2 + (3-1)^2)/2 = 2.5; token 1: (4 + 4)/2 = 4. Mean 3.25."""
+    close(losses.mse(torch.tensor([[1.0, 3.0], [2.0, -1.0]]), torch.tensor([0.0, 1.0])), 3.25)
 
 
 def test_anchor_sums_over_experts_and_averages_over_real_tokens() -> None:
@@ -309,11 +297,10 @@ def test_kl_equals_torch() -> None:
     torch.testing.assert_close(losses.kl(LOGITS, REFERENCE).mean(), own)
 
 
-def test_masked_mse_equals_torch_on_the_tokens_of_the_mask() -> None:
+def test_mse_equals_torch() -> None:
     generator = torch.Generator().manual_seed(3)
-    states, goal = (torch.randn(2, 5, 4, generator=generator) for _ in range(2))
-    mask = torch.tensor([[True, True, False, False, False], [True, True, True, True, False]])
-    torch.testing.assert_close(losses.masked_mse(states, goal, mask), F.mse_loss(states[mask], goal[mask]))
+    states, goal = (torch.randn(5, 4, generator=generator) for _ in range(2))
+    torch.testing.assert_close(losses.mse(states, goal), F.mse_loss(states, goal))
 
 
 def test_undial_and_ce_u_equal_cross_entropy_with_soft_targets() -> None:
@@ -341,13 +328,14 @@ def test_cross_entropy_of_what_the_head_says_equals_transformers_own_loss(family
 @pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
 def test_layer_states_equal_the_hidden_states_of_transformers(family: str) -> None:
     model = tiny.build_model(family)
-    batch = collate(sequences(), 0)
+    batch, forward = collate(sequences()), Forward(moe_view(model))
     with torch.no_grad():
         full = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
         ).hidden_states
         for layer in range(len(model.model.layers) - 1):  # transformers norms the last one
-            torch.testing.assert_close(layer_states(model, layer, batch), full[layer + 1])
+            states, _ = forward.states(sequences(), layer)
+            torch.testing.assert_close(states, full[layer + 1][batch.predicts_label()])
     assert len(model.model.layers) == model.config.num_hidden_layers
 
 
@@ -356,7 +344,7 @@ def test_layers_above_the_wanted_one_are_not_run() -> None:
     ran: list[int] = []
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
-    layer_states(model, 1, collate(sequences(), 0))
+    Forward(moe_view(model)).states(sequences(), 1)
     assert ran == [0, 1]
 
 

@@ -99,10 +99,10 @@ def test_a_layer_that_cannot_be_steered_is_named(
 
 
 @pytest.mark.parametrize("name", ["rmu", "adaptive_rmu"])
-def test_the_retain_reference_holds_no_padding(name: str) -> None:
+def test_the_retain_reference_holds_the_states_that_count_alone(name: str) -> None:
     _, _, terms_of = build(name)
     kept = terms_of._retain_reference  # type: ignore[attr-defined]
-    assert [states.shape[0] for states in kept] == [len(row.input_ids) for row in RETAIN]
+    assert [states.shape[0] for states in kept] == [len(row.input_ids) - row.labels_from for row in RETAIN]
     assert all(states.untyped_storage().nbytes() == 4 * states.numel() for states in kept)
 
 
