@@ -144,8 +144,8 @@ class Naive:
         kept = self._pass(self._view.model, retain)
         with torch.no_grad():
             before = self._pass(self._reference, retain)
-        held = losses.masked_mse(kept.states, before.states, kept.mask)
-        forget_term = losses.masked_mse(moved.states, self._goal, moved.mask)
+        held = losses.mse(kept.states[kept.mask], before.states[kept.mask])
+        forget_term = losses.mse(moved.states[moved.mask], self._goal)
         return Terms(forget_term, self._method.hidden_retain_weight * held, anchor)
 
     def _said(self, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> Terms:

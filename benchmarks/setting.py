@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+import torch
+
 from benchmarks.measure import TURN_SECONDS, Variant, interleaved
 from benchmarks.shapes import SHAPES, TINY_LAYERS, tiny_fields, write_shape
 from seuf_core.data.batches import Encoded
@@ -23,7 +25,6 @@ Router = Literal["freeze", "train"]
 # A step sees 4 forget and 4 retain texts of 64 tokens: 512 tokens, of which all but the first of a text are labels.
 BATCH_SIZE, LENGTH = 4, 64
 EXAMPLES: Final = 32  # of each set: an epoch is 8 steps
-TARGET_EXPERT: Final = 3
 RMU_COEFFICIENT: Final = 20.0
 
 
@@ -45,7 +46,7 @@ class Setting:
         return interleaved(variants, self.rounds, TURN_SECONDS if self.size == "full" else 0.0)
 
     def checkpoint(self, name: str, **changed: int) -> Path:
-        """The checkpoint of a shape, written when it is not there; with config fields changed where given."""
+        """The checkpoint of a shape, written when it is not there; with arguments of `write_shape` where given."""
         fields = tiny_fields(name) if self.size == "small" else {}
         label = "-".join([name, *(f"{field}-{value}" for field, value in changed.items())])
         path = self.folder / self.size / label
@@ -58,6 +59,10 @@ class Setting:
         """Where experts are trained: `early`, `middle`, `late` -> decoder layer."""
         layers = TINY_LAYERS if self.size == "small" else SHAPES[name].layers
         return dict(zip(("early", "middle", "late"), layers, strict=True))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the weights."""
+        return SHAPES[name].dtype
 
     def vocabulary(self, name: str) -> int:
         """Token ids of a shape."""
@@ -104,5 +109,23 @@ def training_data(vocab_size: int, number: int = EXAMPLES, length: int = LENGTH)
 def write_texts(path: Path, ids: list[list[int]]) -> Path:
     """A set as a job reads it, in the words of benchmarks.shapes.tokenizer."""
     lines = (json.dumps({"text": " ".join(f"t{token}" for token in text)}) for text in ids)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_probes(path: Path, vocab_size: int) -> Path:
+    """The smallest evaluation set a job takes: two questions a side, with two answers of one word."""
+    words = texts(vocab_size, 4, 6, seed=4)
+    lines = (
+        json.dumps(
+            {
+                "prompt": " ".join(f"t{token}" for token in question[:4]),
+                "choices": [f"t{token}" for token in question[4:]],
+                "answer": 0,
+                "set": side,
+            }
+        )
+        for question, side in zip(words, ("forget", "forget", "retain", "retain"), strict=True)
+    )
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -4,7 +4,7 @@ All ways take turns in one process on one model in memory, so that what else the
 Before the clock starts their first steps must give the same loss; in fp32 the trained expert must end the same.
 Memory is measured in a process for each way, which opens the model as that way does and takes a few steps.
 
-Figures: steps/<shape>/<objective>/<early|middle|late>/<freeze|train>/<ours|n1|n0> in seconds a step,
+Figures: steps/<shape>/<objective>/<early|middle|late>/<freeze|train>/<ours|n1|n0|floor> in seconds a step,
 .../prepare the seconds before ours' first step, .../agreement the relative difference of the trained expert's change,
 memory/<shape>/<objective>/<ours|n1|n0> in bytes.
 """
@@ -18,13 +18,24 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from benchmarks.figures import Figures
+from benchmarks.floor import Products
 from benchmarks.measure import PeakMemory, Variant, available_bytes, in_process, timed
 from benchmarks.naive import Naive, Targets
 from benchmarks.ours import Ours
-from benchmarks.setting import BATCH_SIZE, TARGET_EXPERT, Objective, Router, Setting, method_of, training_data
+from benchmarks.setting import (
+    BATCH_SIZE,
+    LENGTH,
+    Objective,
+    Router,
+    Setting,
+    method_of,
+    training_data,
+)
+from benchmarks.shapes import TARGET_EXPERT
 from seuf_core.data.batches import batch_indices
 from seuf_core.job import load
 from seuf_core.method import Method
@@ -81,19 +92,21 @@ def _models(setting: Setting, shape: str) -> Models:
     folder = setting.checkpoint(shape)
     return Models(
         whole(folder),
-        whole(folder) if _room(folder, "second") else None,
-        whole(folder) if _room(folder, "n0") else None,
+        whole(folder) if room(folder, "second") else None,
+        whole(folder) if room(folder, "n0") else None,
     )
 
 
 def whole(folder: Path) -> MoEView:
     """A model as everybody opens one."""
+    transformers.logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return moe_view(model.to(device).eval().requires_grad_(False))
 
 
-def _room(folder: Path, way: str) -> bool:
+def room(folder: Path, way: str) -> bool:
+    """Whether memory has room for the copies of the model that a way has at once (COPIES)."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_bytes()
     return COPIES[way] * size < ROOM * free
@@ -101,7 +114,7 @@ def _room(folder: Path, way: str) -> bool:
 
 def _fits(setting: Setting, shape: str, way: str) -> bool:
     """Whether a process of this way would fit; N1 with a second model is the naive way as it is."""
-    return way == "ours" or _room(setting.checkpoint(shape), "second" if way == "n1" else way)
+    return way == "ours" or room(setting.checkpoint(shape), "second" if way == "n1" else way)
 
 
 def _cell(
@@ -131,12 +144,21 @@ def _cell(
     agreement = _compared(ways, steps, method, models.view, base, targets)
     numbers = {way: count(STEPS_COMPARED) for way in ways}
     variants = {way: Variant(_next(steps[way], numbers[way]), ways[way].attached) for way in ways}
+    if objective != "rmu":  # which has no suffix
+        products = _floor(models.view, max(targets))
+        variants["floor"] = Variant(products)
+        figures.add(f"{prefix}/floor_flops", products.flops, "flop")
     for way, seconds in setting.medians(variants).items():
         figures.add(f"{prefix}/{way}", seconds, "s")
     figures.add(f"{prefix}/prepare", prepare, "s")
     figures.add(f"{prefix}/agreement", agreement, "share")
     for rows, before in zip(_target_rows(models.view, targets, copies=False), base, strict=True):
         rows.copy_(before)
+
+
+def _floor(view: MoEView, layer: int) -> Products:
+    tokens, labels = 2 * BATCH_SIZE * LENGTH, 2 * BATCH_SIZE * (LENGTH - 1)
+    return Products(view, range(layer + 1, view.num_layers), tokens, labels)
 
 
 def on_batches(naive: Naive, method: Method, data: TrainingData) -> Callable[[int], Terms]:

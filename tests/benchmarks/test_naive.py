@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.naive import Naive
-from benchmarks.setting import TARGET_EXPERT, Objective, method_of, training_data
-from benchmarks.shapes import tiny_fields, write_shape
+from benchmarks.setting import Objective, method_of, training_data
+from benchmarks.shapes import TARGET_EXPERT, tiny_fields, write_shape
 from seuf_core.method import Method
 from seuf_core.moe.view import moe_view
 from seuf_core.unlearning import losses

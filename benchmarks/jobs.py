@@ -1,0 +1,172 @@
+"""(d) The whole job, 5 epochs, attribution and writing included: seuf_core.unlearn against the naive way.
+
+Each in a process of its own, in turn, from files to files. Ours does what every job does besides: it looks at a small
+evaluation set before and after, measures its test part, verifies what it wrote and writes a delta; all of that is in
+its time. The naive way loads the model twice, attributes with hooks at one batch size, trains N1 and calls
+`save_pretrained`. Both train the same expert, which
+the router of the middle layer prefers. Of shapes too large for two copies in memory only ours is measured.
+
+Figures: jobs/<shape>/<objective>/<ours|naive>/<seconds|peak_anonymous>, .../ours/<phase> in seconds, .../<steps|layer>.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from transformers import AutoTokenizer
+
+from benchmarks.figures import Figures
+from benchmarks.hooks import affinity
+from benchmarks.measure import PeakMemory, in_process, timed
+from benchmarks.naive import Naive
+from benchmarks.setting import (
+    BATCH_SIZE,
+    LENGTH,
+    Objective,
+    Setting,
+    method_of,
+    texts,
+    write_probes,
+    write_texts,
+)
+from benchmarks.steps import on_batches, room, whole
+from seuf_core import unlearn
+from seuf_core.data.batches import encode_examples
+from seuf_core.inputs import Inputs, read_inputs
+from seuf_core.method import Method
+from seuf_core.observer import Silent
+from seuf_core.unlearning.terms import TrainingData
+
+OBJECTIVES: Final[tuple[Objective, ...]] = ("rmu", "npo")
+EPOCHS: Final = 5
+EXAMPLES: Final = 64  # of each set, half of them for training
+ATTRIBUTION_TOKENS: Final = 2048  # of a batch of the naive attribution
+REPEATS: Final = 3
+
+
+@dataclass(frozen=True)
+class JobFiles:
+    """What a job is given."""
+
+    model: Path
+    forget: Path
+    retain: Path
+    evaluation: Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one process took. target: decoder layer and expert."""
+
+    seconds: float
+    peak: int
+    target: tuple[int, int]
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
+    """Measure every job that is not there yet."""
+    for shape in setting.shapes:
+        for objective in OBJECTIVES:
+            if f"jobs/{shape}/{objective}/ours/seconds" not in figures:
+                with tempfile.TemporaryDirectory(dir=setting.folder) as work:
+                    _measure(setting, figures, shape, objective, Path(work))
+                save()
+
+
+def _measure(setting: Setting, figures: Figures, shape: str, objective: Objective, work: Path) -> None:
+    files = _files(setting, shape, work)
+    method = _method(files, objective)
+    naive = room(files.model, "second")
+    ours: list[Done] = []
+    theirs: list[Done] = []
+    for number in range(min(REPEATS, setting.rounds) if naive else 1):
+        out = work / f"out-{number}"
+        ours.append(in_process(_ours, files, method, out))
+        shutil.rmtree(out)
+        if naive:
+            theirs.append(in_process(_naive, files, method, out, ours[0].target))
+            shutil.rmtree(out)
+    prefix = f"jobs/{shape}/{objective}"
+    for way, done in (("ours", ours), ("naive", theirs)):
+        if done:
+            figures.add(f"{prefix}/{way}/seconds", median(one.seconds for one in done), "s")
+            figures.add(f"{prefix}/{way}/peak_anonymous", max(one.peak for one in done), "bytes")
+    for phase in ours[0].phases:
+        figures.add(f"{prefix}/ours/{phase}", median(one.phases[phase] for one in ours), "s")
+    figures.add(f"{prefix}/steps", method.steps, "steps")
+    figures.add(f"{prefix}/layer", ours[0].target[0], "layer")
+
+
+def _files(setting: Setting, shape: str, work: Path) -> JobFiles:
+    model = setting.checkpoint(shape, favoured_layer=setting.layers(shape)["middle"])
+    number = EXAMPLES if setting.size == "full" else 16
+    vocabulary = setting.vocabulary(shape)
+    return JobFiles(
+        model,
+        write_texts(work / "forget.jsonl", texts(vocabulary, number, LENGTH, seed=1)),
+        write_texts(work / "retain.jsonl", texts(vocabulary, number, LENGTH, seed=2)),
+        write_probes(work / "evaluation.jsonl", vocabulary),
+    )
+
+
+def _method(files: JobFiles, objective: Objective) -> Method:
+    train = _inputs(files, method_of(objective)).forget.train
+    return method_of(objective, steps=math.ceil(EPOCHS * len(train) / BATCH_SIZE))
+
+
+def _inputs(files: JobFiles, method: Method) -> Inputs:
+    return read_inputs(files.model, files.forget, files.retain, files.evaluation, method, Silent())
+
+
+def _ours(files: JobFiles, method: Method, out: Path) -> Done:
+    with tempfile.TemporaryDirectory(dir=out.parent) as work, PeakMemory() as peak:
+        seconds, result = timed(
+            lambda: unlearn(
+                files.model,
+                files.forget,
+                out,
+                retain=files.retain,
+                evaluation=files.evaluation,
+                method=method,
+                work=Path(work),
+            )
+        )
+    (target,) = result.selection
+    return Done(seconds, peak.device or peak.anonymous, (target["layer"], target["expert"]), result.seconds)
+
+
+def _naive(files: JobFiles, method: Method, out: Path, target: tuple[int, int]) -> Done:
+    with PeakMemory() as peak:
+        seconds, chosen = timed(lambda: _naive_job(files, method, out))
+    assert chosen == target, f"the naive way chose {chosen}, ours {target}"
+    return Done(seconds, peak.device or peak.anonymous, chosen)
+
+
+def _naive_job(files: JobFiles, method: Method, out: Path) -> tuple[int, int]:
+    inputs, tokenizer = _inputs(files, method), AutoTokenizer.from_pretrained(files.model)
+    assert inputs.retain is not None
+    forget, retain = (
+        encode_examples(tokenizer, part.train, method.max_length) for part in (inputs.forget, inputs.retain)
+    )
+    view, reference = whole(files.model), whole(files.model)
+    scores = affinity(view, forget, ATTRIBUTION_TOKENS)
+    row, expert = divmod(int(scores.argmax()), view.num_experts)
+    layer = view.layer_indices[row]
+    (rate,) = method.rates(1.0)
+    data = TrainingData(forget, retain)
+    naive = Naive(view, reference.model, method, data, {layer: (expert,)}, rate)
+    step = on_batches(naive, method, data)
+    with naive.attached():
+        for number in range(method.steps):
+            step(number)
+    view.model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return layer, expert
