@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import attribute, files, jobs, keys, models, plan, reference, run, up
+from cli import attribute, checkpoints, files, jobs, keys, models, plan, reference, run, up
 from cli.errors import explain
 from cli.method import MethodCommand
 
@@ -75,6 +75,10 @@ app.command(
         "seuf attribute --model ./model --forget forget.jsonl --retain retain.jsonl --heatmap experts.svg"
     ),
 )(attribute.attribute)
+app.command(
+    "apply-delta", epilog=_example("seuf apply-delta ./model ./unlearned/delta.safetensors --out ./rebuilt")
+)(checkpoints.apply_delta)
+app.command("verify", epilog=_example("seuf verify ./unlearned"))(checkpoints.verify)
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(keys.app, name="keys")

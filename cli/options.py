@@ -26,6 +26,14 @@ Memory = Annotated[
         envvar="SEUF_MEMORY", help="Memory the run may use; default: what is free.", metavar="SIZE, e.g. 6GB"
     ),
 ]
+Hardlinks = Annotated[
+    bool,
+    typer.Option(
+        "--hardlinks",
+        help="Unchanged shards may be the base's own files under a second name (hard links) where the file system "
+        "has no reflinks: written in an instant. Only for folders into whose files nobody writes.",
+    ),
+]
 Heatmap = Annotated[
     Path | None, typer.Option(help="File to draw the scores to: layer x expert (SVG).", metavar="FILE.svg")
 ]

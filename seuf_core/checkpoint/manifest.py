@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,18 +79,29 @@ def read_manifest(folder: Path) -> Manifest:
         raise WriteError("broken_manifest", f"{path} is not a manifest: {error}.") from error
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
+def verify_files(
+    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Check size and digest of every file of the manifest.
+
+    Args:
+        progress: called with (bytes read, bytes in all) before each file and at the end.
 
     Raises:
         WriteError: file_differs, naming the first file that is missing or differs.
     """
+    read, total = 0, sum(entry.bytes for entry in manifest.files)
     for entry in manifest.files:
+        if progress is not None:
+            progress(read, total)
         path = folder / entry.name
         if not path.is_file() or path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
             raise WriteError(
                 "file_differs", f"{path} is not the file that {MANIFEST} describes.", "Download it again."
             )
+        read += entry.bytes
+    if progress is not None:
+        progress(read, total)
 
 
 def sha256_file(path: Path) -> str:

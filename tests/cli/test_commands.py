@@ -11,7 +11,7 @@ from tests.shell import write_sets
 
 COMMANDS = {
     *("up", "submit", "watch", "get", "list", "cancel", "download", "run", "plan", "attribute"),
-    "reference build",
+    *("apply-delta", "verify", "reference build"),
     *("models add", "models list", "files upload", "files list", "keys create", "keys list", "keys revoke"),
 }
 
