@@ -25,6 +25,7 @@ from store.files import Files, artefact_key
 from store.jobs import Jobs, JobSpec, SetRef
 from store.models import Models
 from store.results import Results
+from store.tables import Model
 from store.transitions import FINAL, Status
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -43,11 +44,8 @@ def submit_job(
     The method is completed from its preset now and stored with the job: what this answer shows is what runs.
     GET /capabilities lists its choices; fields that do not go together are refused, each with its pointer.
     """
-    try:
-        body.method.check_retain(given=body.retain_set is not None)
-    except MethodError as error:
-        raise from_seuf_error(error, "/retain_set") from error
-    inline = _checked_inline(body)
+    check_retain(body)
+    inline = checked_inline(body)
     placed = {purpose: files.place(service, io.BytesIO(content)) for purpose, (_, content) in inline.items()}
     try:
         with service.database.write() as session:
@@ -67,7 +65,15 @@ def submit_job(
     return views.job(row)
 
 
-def _checked_inline(body: schemas.JobCreate) -> dict[Purpose, tuple[FileSummary, bytes]]:
+def check_retain(body: schemas.JobCreate) -> None:
+    """Refuse a job without the retain set that its method needs."""
+    try:
+        body.method.check_retain(given=body.retain_set is not None)
+    except MethodError as error:
+        raise from_seuf_error(error, "/retain_set") from error
+
+
+def checked_inline(body: schemas.JobCreate) -> dict[Purpose, tuple[FileSummary, bytes]]:
     """The examples given inside the body, checked like an upload, as the bytes of a file."""
     checked: dict[Purpose, tuple[FileSummary, bytes]] = {}
     for purpose in SETS:
@@ -113,11 +119,11 @@ def _check_inline(purpose: Purpose, examples: list[dict[str, JsonValue]]) -> tup
 
 def _spec(body: schemas.JobCreate, session: Session, tenant: str, stored: dict[Purpose, SetRef]) -> JobSpec:
     """The job with every name looked up, or 422 with a pointer to the one that is not there."""
-    sets = {purpose: stored.get(purpose) or _uploaded(body, purpose, session, tenant) for purpose in SETS}
+    sets = {purpose: stored.get(purpose) or uploaded(body, purpose, session, tenant) for purpose in SETS}
     forget = sets["forget"]
     assert forget is not None  # required by the schema
     return JobSpec(
-        model_id=_model_id(body, session, tenant),
+        model_id=known_model(body, session, tenant).id,
         forget=forget,
         retain=sets["retain"],
         evaluation=sets["evaluation"],
@@ -127,7 +133,8 @@ def _spec(body: schemas.JobCreate, session: Session, tenant: str, stored: dict[P
     )
 
 
-def _model_id(body: schemas.JobCreate, session: Session, tenant: str) -> str:
+def known_model(body: schemas.JobCreate, session: Session, tenant: str) -> Model:
+    """The registered model of a job, or 422 when there is none or the scope cannot be had on it."""
     try:
         row = Models(session, tenant).get(body.model)
         if body.method.selects_experts:
@@ -142,10 +149,11 @@ def _model_id(body: schemas.JobCreate, session: Session, tenant: str) -> str:
             error.message,
             "Register it with POST /models, or see GET /models.",
         ) from error
-    return row.id
+    return row
 
 
-def _uploaded(body: schemas.JobCreate, purpose: Purpose, session: Session, tenant: str) -> SetRef | None:
+def uploaded(body: schemas.JobCreate, purpose: Purpose, session: Session, tenant: str) -> SetRef | None:
+    """An uploaded set of a job, or 422 when there is no such file or it is of another purpose."""
     given: schemas.ExampleSet | None = getattr(body, f"{purpose}_set")
     if given is None or given.file is None:
         return None

@@ -18,6 +18,7 @@ from client.errors import ApiError, UnreachableError
 from client.types import (
     Attribution,
     Checkpoint,
+    Estimate,
     Event,
     File,
     Job,
@@ -116,16 +117,24 @@ class Client:
         metadata: dict[str, str] | None = None,
     ) -> Job:
         """Start a job; each set is the id of an uploaded file or a list of examples."""
-        body = Submit(model=model, forget_set=_example_set(forget_set))
-        if retain_set is not None:
-            body["retain_set"] = _example_set(retain_set)
-        if evaluation_set is not None:
-            body["evaluation_set"] = _example_set(evaluation_set)
-        if method is not None:
-            body["method"] = method
+        body = _job(model, forget_set, retain_set, evaluation_set, method)
         if metadata is not None:
             body["metadata"] = metadata
         return cast("Job", self._send(self._http.build_request("POST", "/jobs", json=body)).json())
+
+    def estimate(
+        self,
+        model: str,
+        forget_set: ExampleSet,
+        *,
+        retain_set: ExampleSet | None = None,
+        evaluation_set: ExampleSet | None = None,
+        method: dict[str, Any] | None = None,
+    ) -> Estimate:
+        """What `submit` with the same arguments would read, hold, write and take; creates nothing."""
+        body = _job(model, forget_set, retain_set, evaluation_set, method)
+        request = self._http.build_request("POST", "/jobs/estimate", json=body)
+        return cast("Estimate", self._send(request).json())
 
     def job(self, job_id: str) -> Job:
         """One job as it stands now."""
@@ -233,6 +242,23 @@ class Client:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         timeout = httpx.Timeout(self._timeout, read=STREAM_SILENCE)
         return self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=timeout)
+
+
+def _job(
+    model: str,
+    forget_set: ExampleSet,
+    retain_set: ExampleSet | None,
+    evaluation_set: ExampleSet | None,
+    method: dict[str, Any] | None,
+) -> Submit:
+    body = Submit(model=model, forget_set=_example_set(forget_set))
+    if retain_set is not None:
+        body["retain_set"] = _example_set(retain_set)
+    if evaluation_set is not None:
+        body["evaluation_set"] = _example_set(evaluation_set)
+    if method is not None:
+        body["method"] = method
+    return body
 
 
 def _example_set(given: ExampleSet) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class Checkpoint(TypedDict):
 
 
 class Submit(TypedDict):
-    """The body of POST /jobs."""
+    """The body of POST /jobs; without metadata, of POST /jobs/estimate."""
 
     model: str
     forget_set: dict[str, Any]
@@ -176,3 +176,45 @@ class Submit(TypedDict):
     evaluation_set: NotRequired[dict[str, Any]]
     method: NotRequired[dict[str, Any]]
     metadata: NotRequired[dict[str, str]]
+
+
+class PlannedPhase(TypedDict):
+    """One phase of a job as planned; sizes in bytes, `memory` by what it is for."""
+
+    name: str
+    bytes_read: int
+    bytes_written: int
+    flops: int
+    seconds: float | None
+    memory: dict[str, int]
+    peak_bytes: int
+
+
+class Estimate(TypedDict):
+    """What a job would read, hold, compute and write; sizes in bytes, `seconds` None where no worker is known."""
+
+    object: Literal["estimate"]
+    device: str
+    device_why: str
+    residency: Literal["whole", "suffix", "streamed"]
+    residency_why: str
+    fits: bool
+    budget_bytes: int
+    budget_why: str
+    peak_bytes: int
+    host_bytes: int
+    device_bytes: int
+    bytes_read: int
+    bytes_written: int
+    micro_batch_tokens: int
+    lowest_layer: int | None
+    bound: bool
+    experts: int
+    phases: list[PlannedPhase]
+    runs: int
+    seconds: float | None
+    seconds_all: float | None
+    seconds_missing: str | None
+    tokens_counted: Literal["tokenizer", "bytes"]
+    calibration: dict[str, Any] | None
+    notes: list[str]

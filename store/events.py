@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from store.plain import plain
 from store.repository import Repository
 from store.tables import Event, Job
+from store.transitions import Status
 
 
 class Events(Repository):
@@ -23,6 +24,14 @@ class Events(Repository):
         """
         query = self._select(Event).where(Event.job_id == job_id, Event.seq > after)
         return self.session.scalars(query.order_by(Event.seq).limit(limit)).all()
+
+    def newest_of_finished(self, type_: str, model_id: str | None = None) -> Event | None:
+        """The newest event of this type of a job that succeeded; of a job on this model, if one is given."""
+        query = self._select(Event).join(Job, Job.id == Event.job_id)
+        query = query.where(Event.type == type_, Job.status == Status.SUCCEEDED)
+        if model_id is not None:
+            query = query.where(Job.model_id == model_id)
+        return self.session.scalars(query.order_by(Event.at.desc(), Event.seq.desc()).limit(1)).first()
 
 
 def append(session: Session, job_id: str, type_: str, data: dict[str, Any]) -> int:
