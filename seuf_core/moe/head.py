@@ -15,9 +15,9 @@ from seuf_core.moe.forward import Answers
 from seuf_core.moe.passes import tail
 from seuf_core.moe.view import MoEView
 
-# Positions that go through the head together: fewer leave the matrix product of a large vocabulary waiting for its
-# weights, more only take memory (docs/decisions.md).
-CHUNK = 128
+# Positions that go through the head together. Below 256 the matrix product of a large vocabulary waits for its weights;
+# above, only the memory grows.
+CHUNK = 256
 
 # Logits [C, V] in the model's dtype, and what was given of each of these positions -> [C] fp32.
 Formula = Callable[..., torch.Tensor]
