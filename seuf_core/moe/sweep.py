@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +11,7 @@ from torch import nn
 
 from seuf_core.data.batches import Batch
 from seuf_core.moe.passes import Flow, Route, embed, route, run_layer
+from seuf_core.moe.shelf import Shelf
 from seuf_core.moe.view import MoEView
 
 # Bytes of hidden states that are kept in memory, past which they are a file; of masks that are kept, past which they
@@ -29,58 +27,41 @@ def no_progress(_done: int, _total: int) -> None:
 
 
 class States:
-    """What flows into a layer, for many batches: in the CPU's memory, or past `limit` bytes in a mapped file.
+    """What flows into a layer, for many batches: on a shelf, in the CPU's memory and past `limit` bytes on disk.
 
-    Bytes: for each batch B * S * H in the model's dtype. What a family carries beside the states stays in memory.
+    Bytes: for each batch B * S * H in the model's dtype, and what the family carries beside.
 
     Args:
-        shapes: [B, S, H] of each batch.
-        limit: bytes. folder: of the file, which has no name there and is gone with the object; None = the system's
-            temporary folder.
+        limit: None = STATES_IN_MEMORY. folder: see `Shelf`.
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[tuple[int, ...]],
-        dtype: torch.dtype,
-        limit: int = STATES_IN_MEMORY,
-        folder: Path | None = None,
-    ) -> None:
-        self._made_of = shapes, dtype, limit, folder
-        sizes = [math.prod(shape) for shape in shapes]
-        total = sum(sizes)
-        self.on_disk = total * dtype.itemsize > limit
-        flat = _mapped(total, dtype, folder) if self.on_disk else torch.empty(total, dtype=dtype)
-        self._states = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-        self._carried: list[torch.Tensor | None] = [None] * len(shapes)
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self._made_of = STATES_IN_MEMORY if limit is None else limit, folder
+        self._shelf = Shelf(*self._made_of)
+        self._states: dict[int, int] = {}
+        self._carried: dict[int, int] = {}
 
     def like(self) -> States:
-        """Room for as much again."""
+        """An empty one with the same limit."""
         return States(*self._made_of)
 
     def put(self, number: int, flow: Flow) -> None:
-        """Keep a batch's flow; a copy of its states."""
-        self._states[number].copy_(flow.states)
-        self._carried[number] = None if flow.carried is None else flow.carried.cpu()
+        """Keep a copy of a batch's flow, in the place of the one before."""
+        self._keep(self._states, number, flow.states)
+        if flow.carried is not None:
+            self._keep(self._carried, number, flow.carried)
 
     def get(self, number: int, device: torch.device) -> Flow:
-        """A batch's flow. On the CPU its states are those kept, not a copy."""
-        carried = self._carried[number]
-        return Flow(self._states[number].to(device), None if carried is None else carried.to(device))
+        """A batch's flow. On the CPU it is what is kept, not a copy."""
+        carried = self._carried.get(number)
+        states = self._shelf[self._states[number]].to(device)
+        return Flow(states, None if carried is None else self._shelf[carried].to(device))
 
-
-def _mapped(elements: int, dtype: torch.dtype, folder: Path | None) -> torch.Tensor:
-    file, name = tempfile.mkstemp(prefix="seuf-states-", dir=folder)
-    try:
-        os.posix_fallocate(
-            file, 0, elements * dtype.itemsize
-        )  # a full disk says so here, not by a signal later
-        return torch.from_file(name, shared=True, size=elements, dtype=dtype)
-    finally:
-        os.close(file)
-        Path(
-            name
-        ).unlink()  # the mapping keeps it for as long as it lives, and a killed process leaves nothing
+    def _keep(self, places: dict[int, int], number: int, tensor: torch.Tensor) -> None:
+        if number in places:
+            self._shelf[places[number]].copy_(tensor)
+        else:
+            places[number] = self._shelf.put(tensor)
 
 
 class Routes:
@@ -121,11 +102,10 @@ def _bytes(routed: Route) -> int:
 
 
 def embedded(
-    view: MoEView, batches: Sequence[Batch], *, limit: int = STATES_IN_MEMORY, folder: Path | None = None
+    view: MoEView, batches: Sequence[Batch], *, limit: int | None = None, folder: Path | None = None
 ) -> tuple[States, Routes]:
-    """What flows into the first layer for each batch, and how its layers are called."""
-    shapes = [(*batch.input_ids.shape, view.model.config.hidden_size) for batch in batches]
-    states, routes = States(shapes, view.model.dtype, limit, folder), Routes(view, batches)
+    """What flows into the first layer for each batch, and how layers are called. `limit`, `folder`: see `States`."""
+    states, routes = States(limit, folder), Routes(view, batches)
     for number, batch in enumerate(batches):
         flow, routed = embed(view, batch.to(view.model.device))
         states.put(number, flow)
