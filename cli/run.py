@@ -28,6 +28,7 @@ def run(
         ),
     ] = None,
     heatmap: options.Heatmap = None,
+    memory: options.Memory = None,
     json: options.Json = False,
 ) -> None:
     """Make a model forget, here and now: the same method as the service, without one."""
@@ -53,6 +54,7 @@ def run(
             method=wanted,
             work=work or Path(scratch),
             observer=here.Shown(live),
+            memory=memory,
         )
     if heatmap is not None and result.attribution is not None:
         here.draw(heatmap, result.attribution)
@@ -71,6 +73,8 @@ def _as_json(result: UnlearnResult) -> dict[str, Any]:
         "parameters_changed": result.parameters_changed,
         "parameters_total": result.parameters_total,
         "seconds": result.seconds,
+        "plan": result.plan,
+        "actual": result.actual,
     }
 
 

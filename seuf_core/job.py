@@ -28,7 +28,7 @@ class Job:
 
     residency: which decoder layers are in memory: `whole`, all of them; `suffix`, none while experts are scored, then
     those from the lowest target layer on; `streamed`, then those of the targets only. The others are read when they
-    are needed.
+    are needed. micro_batch_tokens: padded tokens that go through at once while training; None = a whole step.
     """
 
     folder: Path
@@ -40,6 +40,7 @@ class Job:
     method: Method
     observer: Observer
     residency: Residency = "whole"
+    micro_batch_tokens: int | None = None
 
     def hold_for(self, targets: Mapping[int, tuple[int, ...]]) -> None:
         """Keep the layers in memory that training these experts keeps there; without any, all of them."""

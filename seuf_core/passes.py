@@ -35,11 +35,11 @@ def open_passes(job: Job, targets: Targets, work: Path) -> Passes:
         targets: decoder layer -> experts; {} for a scope without any, whose passes begin with the tokens.
         work: folder for what does not fit into memory.
     """
-    view, method = job.view, job.method
+    view, method, micro = job.view, job.method, job.micro_batch_tokens
     job.hold_for(targets)
     recompute = job.residency == "streamed"
     if not targets or view.family.carries is not None:
-        return Passes(Forward(view, recompute=recompute), Forward(view, tokens=TOKENS_PER_LOOK))
+        return Passes(Forward(view, tokens=micro, recompute=recompute), Forward(view, tokens=TOKENS_PER_LOOK))
     shelf = Shelf(CONSTANTS_IN_MEMORY, _made(work))
     examples = [*job.data.forget, *job.data.retain, *job.data.alternatives]
     probes = [sequence for probe in job.selection_probes for sequence in probe.sequences]
@@ -52,7 +52,8 @@ def open_passes(job: Job, targets: Targets, work: Path) -> Passes:
         training = looks = FrozenRouter(view, targets, shelf)
     keep_all(view, [(training, examples), (looks, probes)], folder=work)
     return Passes(
-        Forward(view, training, recompute=recompute), Forward(view, looks, tokens=TOKENS_PER_LOOK)
+        Forward(view, training, tokens=micro, recompute=recompute),
+        Forward(view, looks, tokens=TOKENS_PER_LOOK),
     )
 
 

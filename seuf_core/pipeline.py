@@ -8,7 +8,6 @@ Each arrow is a function below; each value can be shown and tested by itself.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from seuf_core.attribution.scores import score_experts
-from seuf_core.attribution.selection import Selection, coverage, first_choice, selections
+from seuf_core.attribution.selection import Selection, by_layer, coverage, first_choice, selections
 from seuf_core.attribution.stability import Stability, stability
 from seuf_core.attribution.statistics import RoutingStatistics
 from seuf_core.checkpoint.index import read_index
@@ -32,6 +31,8 @@ from seuf_core.moe.disk import round_to_disk
 from seuf_core.moe.routing import can_mask, experts_masked
 from seuf_core.observer import Observer, Silent
 from seuf_core.passes import open_test_pass
+from seuf_core.plan.measure import Recorder, anonymous_bytes, compare
+from seuf_core.planning import Planning, device_peak
 from seuf_core.search import Found, search
 from seuf_core.unlearning.scopes import assign
 from seuf_core.version import __version__
@@ -82,6 +83,8 @@ class UnlearnResult:
     metrics: rows {stage, set, domain, name, value, n, chance}, stage before, after, before_masked, after_masked,
         all on the test part. chosen: the winning step {learning_rate, step, ...selection figures}.
     checkpoint: the folder written (None when it was not asked for). seconds: wall clock by phase.
+    plan: what was planned once the targets were known (seuf_core.plan.planner.Plan.as_dict); actual: what happened
+        (seuf_core.plan.measure.Actual.as_dict).
     """
 
     attribution: dict[str, Any] | None
@@ -93,6 +96,8 @@ class UnlearnResult:
     checkpoint: Path | None
     manifest: Manifest | None
     seconds: dict[str, float]
+    plan: dict[str, Any] | None = None
+    actual: dict[str, Any] | None = None
 
 
 def unlearn(
@@ -105,6 +110,7 @@ def unlearn(
     method: Method | None = None,
     work: Path,
     observer: Observer | None = None,
+    memory: int | str | None = None,
 ) -> UnlearnResult:
     """Make a model forget a set of examples, and write the result as an ordinary checkpoint.
 
@@ -117,33 +123,40 @@ def unlearn(
         work: folder for training checkpoints. A second call with the same arguments continues from the last one
             and ends with bit-identical weights (CPU, same number of threads).
         observer: hears progress and may cancel.
+        memory: what the job may use, in bytes or such as "6GB"; None = SEUF_MEMORY, else what is free. The plan keeps
+            as many layers in memory as fit, and reads the others when they are needed.
 
     Raises:
         DataError, ModelError, MethodError: inputs that cannot be used; nothing was written to `out`.
         Cancelled: the observer cancelled; the training checkpoint in `work` is whole.
         WriteError: the checkpoint could not be written; nothing is at `out`.
     """
-    method, observer, clock = method or Method(), observer or Silent(), _Clock()
+    method, observer = method or Method(), observer or Silent()
     if out is not None and os.path.lexists(out):  # the writer would say so too, after the training
         raise WriteError("output_exists", f"{out} exists already.", "Remove it, or choose another folder.")
-    inputs = read_inputs(model, forget, retain, evaluation, method, observer)
-    clock.lap("validating")
-    job = open_job(model, inputs, method, observer)
-    attributed = attribute(job) if method.selects_experts else None
-    clock.lap("attributing")
-    found = search(job, attributed.candidates if attributed else ((),), work, _announcing(job, attributed))
-    clock.lap("unlearning")
-    metrics = measure(job, found, work)
-    clock.lap("evaluating")
-    changed = found.trainable.disk_tensors()
-    manifest = None
-    if out is not None:
-        extra = {
-            "method": method.model_dump(mode="json"),
-            "selection": [asdict(target) for target in found.selection],
-        }
-        manifest = write_checkpoint(model, out, changed, f"seuf {__version__}", extra, _publishing(observer))
-    clock.lap("publishing")
+    with Recorder(device_peak) as recorder:
+        recorder.phase("validating")
+        inputs = read_inputs(model, forget, retain, evaluation, method, observer)
+        baseline = anonymous_bytes()
+        job = open_job(model, inputs, method, observer, "suffix")
+        recorder.phase("planning")
+        planning = Planning.of(job, memory, work, baseline)
+        job, plan = planning.before(job)
+        observer.event("plan", {"plan": plan.as_dict()})
+        recorder.phase("attributing")
+        attributed = attribute(job) if method.selects_experts else None
+        recorder.phase("unlearning")
+        candidates = attributed.candidates if attributed else ((),)
+        job, plan = planning.for_targets(job, by_layer(candidates[0]))
+        found = search(job, candidates, work, _announcing(job, attributed))
+        recorder.phase("evaluating")
+        metrics = measure(job, found, work)
+        recorder.phase("publishing")
+        changed = found.trainable.disk_tensors()
+        manifest = _published(job, found, changed, out) if out is not None else None
+    actual = recorder.actual
+    shown = {"plan": plan.as_dict(), "actual": actual.as_dict()}
+    observer.event("plan", {**shown, "comparison": compare(plan, actual).as_dict()})
     return UnlearnResult(
         attribution=replace(attributed, selection=found.selection).as_dict() if attributed else None,
         selection=[asdict(target) for target in found.selection],
@@ -154,8 +167,19 @@ def unlearn(
         parameters_total=sum(parameter.numel() for parameter in job.view.model.parameters()),
         checkpoint=out,
         manifest=manifest,
-        seconds=clock.laps,
+        seconds={phase.name: phase.seconds for phase in actual.phases},
+        **shown,
     )
+
+
+def _published(job: Job, found: Found, changed: dict[str, torch.Tensor], out: Path) -> Manifest:
+    """Write the checkpoint, with method and selection in its manifest."""
+    extra = {
+        "method": job.method.model_dump(mode="json"),
+        "selection": [asdict(target) for target in found.selection],
+    }
+    by, progress = f"seuf {__version__}", _publishing(job.observer)
+    return write_checkpoint(job.folder, out, changed, by, extra, progress)
 
 
 def _announcing(job: Job, attributed: Attributed | None) -> Callable[[Selection], None]:
@@ -179,18 +203,6 @@ def _publishing(observer: Observer) -> Callable[[int, int], None]:
     return progress
 
 
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self._last = round(now - self._last, 3), now
-
-
 def attribute_only(
     model: Path,
     forget: Path,
@@ -206,7 +218,7 @@ def attribute_only(
     """
     method, observer = (method or Method()).to_attribute(), observer or Silent()
     inputs = read_inputs(model, forget, retain, None, method, observer)
-    return attribute(open_job(model, inputs, method, observer))
+    return attribute(open_job(model, inputs, method, observer, "suffix"))
 
 
 def attribute(job: Job) -> Attributed:

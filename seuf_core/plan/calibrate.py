@@ -41,7 +41,7 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path, baseli
     Args:
         view: of the model, on the device that will be used; any of its layers may be loaded.
         folder: of the model; at most 256 MB of it are read, spread over all layers.
-        work: where a file of 32 MB is written and deleted.
+        work: where a file of at most 32 MB is written and deleted.
         baseline: anonymous memory before the model was opened (measure.anonymous_bytes).
     """
     read_rate, cached = _read_rate(folder)
@@ -61,7 +61,7 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path, baseli
         head_rate=POSITIONS * shape.head_flops / _head_seconds(view, shape.width),
         step_rate=_step_rate(max(shape.expert, 1 << 16), view.model.device),
         read_rate=read_rate,
-        write_rate=_write_rate(work),
+        write_rate=_write_rate(work, min(WRITE_BYTES, shape.bytes)),
         cached=cached,
         baseline_bytes=baseline or anonymous_bytes(),
         device=str(view.model.device),
@@ -169,15 +169,15 @@ def _read_rate(folder: Path) -> tuple[float, bool]:
     return read / max(taken, 1e-9), fetched < read / 2
 
 
-def _write_rate(work: Path) -> float:
+def _write_rate(work: Path, size: int) -> float:
     work.mkdir(parents=True, exist_ok=True)
-    content = bytes(WRITE_BYTES)
+    content = bytes(size)
     with tempfile.TemporaryFile(dir=work) as file:
         since = time.perf_counter()
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-        return WRITE_BYTES / (time.perf_counter() - since)
+        return size / (time.perf_counter() - since)
 
 
 def calibrate_model(folder: Path, device: torch.device | str | None = None) -> Calibration:

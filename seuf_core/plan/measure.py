@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from seuf_core.plan.planner import Plan
+from seuf_core.plan.planner import Phase, Plan
 
 SAMPLE_SECONDS = 0.02
 
@@ -143,8 +143,8 @@ def io_counters() -> dict[str, int]:
 class Comparison:
     """A plan beside what happened: actual over planned, of memory, seconds and bytes; None where one is not known.
 
-    phases: rows {phase, planned_peak, actual_peak, planned_seconds, actual_seconds} of phases that both have. What the
-    plan calls `constants` belongs to `unlearning` where nobody recorded it apart.
+    phases: rows {phase, planned_ and actual_ peak, seconds, read, written} of phases that both have. What the plan
+    calls `constants` belongs to `unlearning` where nobody recorded it apart.
     """
 
     memory: float | None
@@ -160,35 +160,48 @@ class Comparison:
 
 def compare(plan: Plan, actual: Actual) -> Comparison:
     """What became of a plan. Seconds and bytes are of the phases that were planned."""
-    names = {phase.name for phase in plan.phases}
-    went = [phase for phase in actual.phases if phase.name in names]
-    measured = {phase.name for phase in went}
-    planned: dict[str, tuple[int, float | None]] = {}
-    for phase in plan.phases:
-        name = "unlearning" if phase.name == "constants" and "constants" not in measured else phase.name
-        peak, seconds = planned.get(name, (0, 0.0))
-        both = None if seconds is None or phase.seconds is None else seconds + phase.seconds
-        planned[name] = max(peak, phase.peak_bytes), both
-    rows = []
-    for name, (peak, seconds) in planned.items():
-        mine = [phase for phase in went if phase.name == name]
-        if mine:
-            rows.append(
-                {
-                    "phase": name,
-                    "planned_peak": peak,
-                    "actual_peak": max(phase.peak_bytes for phase in mine),
-                    "planned_seconds": None if seconds is None else round(seconds, 3),
-                    "actual_seconds": round(sum(phase.seconds for phase in mine), 3),
-                }
-            )
+    measured = {phase.name for phase in actual.phases}
+    rows: list[dict[str, Any]] = []
+    for name, parts in _by_measured(plan, measured).items():
+        went = [phase for phase in actual.phases if phase.name == name]
+        known = [part.seconds for part in parts if part.seconds is not None]
+        rows.append(
+            {
+                "phase": name,
+                "planned_peak": max(part.peak_bytes for part in parts),
+                "actual_peak": max(phase.peak_bytes for phase in went),
+                "planned_seconds": round(sum(known), 3) if len(known) == len(parts) else None,
+                "actual_seconds": round(sum(phase.seconds for phase in went), 3),
+                "planned_read": sum(part.bytes_read for part in parts),
+                "actual_read": sum(phase.bytes_read for phase in went),
+                "planned_written": sum(part.bytes_written for part in parts),
+                "actual_written": sum(phase.bytes_written for phase in went),
+            }
+        )
+    planned = [row["planned_seconds"] for row in rows]
+    seconds = None if None in planned else _ratio(_total(rows, "actual_seconds"), sum(planned))
+    peaks = [max((row[f"{which}_peak"] for row in rows), default=0) for which in ("actual", "planned")]
     return Comparison(
-        memory=_ratio(max((phase.peak_bytes for phase in went), default=0), plan.peak_bytes),
-        seconds=_ratio(sum(phase.seconds for phase in went), plan.seconds),
-        bytes_read=_ratio(sum(phase.bytes_read for phase in went), plan.bytes_read),
-        bytes_written=_ratio(sum(phase.bytes_written for phase in went), plan.bytes_written),
+        memory=_ratio(*peaks),
+        seconds=seconds,
+        bytes_read=_ratio(_total(rows, "actual_read"), _total(rows, "planned_read")),
+        bytes_written=_ratio(_total(rows, "actual_written"), _total(rows, "planned_written")),
         phases=tuple(rows),
     )
+
+
+def _by_measured(plan: Plan, measured: set[str]) -> dict[str, list[Phase]]:
+    """Phases of the plan under the names that were recorded."""
+    found: dict[str, list[Phase]] = {}
+    for phase in plan.phases:
+        name = "unlearning" if phase.name == "constants" and "constants" not in measured else phase.name
+        if name in measured:
+            found.setdefault(name, []).append(phase)
+    return found
+
+
+def _total(rows: list[dict[str, Any]], name: str) -> float:
+    return float(sum(row[name] for row in rows))
 
 
 def _ratio(actual: float, planned: float | None) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
@@ -92,7 +92,8 @@ class Setting:
         """Everything that goes through in one step, padded."""
         size, tokens = self.method.batch_size, self.tokens
         retain = tokens.retain if self.method.retain_loss != "none" else TokenCounts()
-        return tokens.forget.batch(size) + retain.batch(size) + tokens.alternatives.batch(size)
+        parts = tokens.forget.batch(size) + retain.batch(size) + tokens.alternatives.batch(size)
+        return replace(parts, tokens=parts.sequences * parts.longest)
 
     @property
     def everything(self) -> TokenCounts:

@@ -5,7 +5,7 @@ Torch-free arithmetic over seuf_core.plan.facts by the formulas of seuf_core.pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -123,6 +123,7 @@ def make_plan(
     calibration: Calibration | None = None,
     targets: Targets | None = None,
     missing: str = "Nothing was calibrated.",
+    among: Sequence[Residency] = RESIDENCIES,
 ) -> Plan:
     """Plan a job.
 
@@ -131,11 +132,13 @@ def make_plan(
         machine: memory and devices that may be used.
         calibration: without one no phase has seconds, for the reason `missing`.
         targets: what is trained, once it is known; None = the worst case that the method allows.
+        among: the residencies that may still be had, the first that fits is taken.
     """
     chosen = targets or phases.worst_targets(shape, method)
     device, device_why, budget = _device(shape, machine)
     setting = Setting(shape, tokens, method, chosen, calibration)
-    residency, micro, drafts = _first_that_fits(setting, budget)
+    allowed = tuple(name for name in among if name in _allowed(method))
+    residency, micro, drafts = _first_that_fits(setting, budget, allowed)
     peak = max(draft.peak for draft in drafts)
     planned = tuple(_phase(draft, calibration) for draft in drafts)
     seconds = _total(planned)
@@ -146,7 +149,7 @@ def make_plan(
         device=device,
         device_why=device_why,
         residency=residency,
-        residency_why=_why(setting, residency, budget, peak),
+        residency_why=_why(setting, allowed, drafts, residency, budget),
         fits=peak <= budget,
         budget_bytes=budget,
         budget_why=machine.limit,
@@ -177,13 +180,15 @@ def _device(shape: ModelShape, machine: Machine) -> tuple[str, str, int]:
     return name, f"it has the most free memory of {len(machine.devices)}: {_gb(free)}", free
 
 
-def _first_that_fits(setting: Setting, budget: int) -> tuple[Residency, int, tuple[Draft, ...]]:
+def _first_that_fits(
+    setting: Setting, budget: int, allowed: Sequence[Residency]
+) -> tuple[Residency, int, tuple[Draft, ...]]:
     """The first residency whose peak is within the budget, with the largest micro-batch; else the smallest there is.
 
     A smaller micro-batch costs one more forward pass, and is taken before layers are read anew in every step.
     """
     least: tuple[Residency, int, tuple[Draft, ...]] | None = None
-    for residency in _allowed(setting.method):
+    for residency in allowed:
         for micro in _micro_batches(setting):
             made = phases.drafts(replace(setting, residency=residency, micro=micro))
             peak = max(draft.peak for draft in made)
@@ -196,9 +201,8 @@ def _first_that_fits(setting: Setting, budget: int) -> tuple[Residency, int, tup
 
 
 def _allowed(method: Method) -> tuple[Residency, ...]:
-    """A whole model cannot be trained in parts, nor can adapters in all of its layers or a score that goes back
-    through all of them."""
-    return RESIDENCIES if method.selects_experts and method.attribution != "gradient" else RESIDENCIES[:1]
+    """A whole model cannot be trained in parts, nor can adapters in all of its layers."""
+    return RESIDENCIES if method.selects_experts else RESIDENCIES[:1]
 
 
 def _micro_batches(setting: Setting) -> Iterator[int]:
@@ -223,13 +227,18 @@ def _total(planned: tuple[Phase, ...]) -> float | None:
     return round(sum(known), 3) if len(known) == len(planned) else None
 
 
-def _why(setting: Setting, residency: Residency, budget: int, peak: int) -> str:
+def _why(
+    setting: Setting,
+    allowed: Sequence[Residency],
+    drafts: tuple[Draft, ...],
+    residency: Residency,
+    budget: int,
+) -> str:
     """One sentence: what was refused and what is taken."""
-    allowed = _allowed(setting.method)
-    if len(allowed) == 1:
-        what = "attribution gradient" if setting.method.selects_experts else f"scope {setting.method.scope}"
-        only = f"{what} goes through all layers at once, which so stay in memory"
-        return only if peak <= budget else f"{only}; they need {_gb(peak)} and {_gb(budget)} are there"
+    peak = max(draft.peak for draft in drafts)
+    if not setting.method.selects_experts:
+        only = f"scope {setting.method.scope} trains in all layers, which so stay in memory"
+        return only if peak <= budget else f"{only}; that needs {_gb(peak)} and {_gb(budget)} are there"
     smallest = min(_micro_batches(setting))
     refused = [
         f"{name} needs {_gb(_peak(replace(setting, residency=name, micro=smallest)))}"

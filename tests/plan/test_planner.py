@@ -173,7 +173,6 @@ def test_a_bound_says_so_and_known_targets_do_not() -> None:
     [
         (Method(scope="full", retain_loss="none"), "scope full"),
         (Method(scope="lora"), "scope lora"),
-        (Method(attribution="gradient", experts=1), "attribution gradient"),
     ],
 )
 def test_what_goes_through_all_layers_keeps_them(method: Method, why: str) -> None:
