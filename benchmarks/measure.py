@@ -76,11 +76,11 @@ class PeakMemory:
     """The highest memory of this process inside a `with` block, in bytes.
 
     anonymous: what is the process's own. resident: with the pages of mapped files, which the system may drop.
-    device: of a GPU's allocator; 0 without one.
+    device: of a GPU's allocator; 0 without one. before: anonymous memory when the block began.
     """
 
     def __init__(self) -> None:
-        self.anonymous = self.resident = self.device = 0
+        self.anonymous = self.resident = self.device = self.before = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -88,6 +88,8 @@ class PeakMemory:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        self._sample()
+        self.before = self.anonymous
         self._thread.start()
         return self
 
