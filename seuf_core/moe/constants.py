@@ -98,7 +98,7 @@ class _Moving:
 
     out: [n, H], what left the layer before the training. entry: [m, H], what flowed in. parts: what the layer's
     constant parts said there. frozen: [m, H], what its frozen experts said together.
-    tokens: [m], where they are.
+    tokens: [m], where they are, ascending.
     """
 
     out: int
@@ -153,21 +153,19 @@ class FrozenRouter:
     def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
         """Output of the target layer where a label token is predicted; no other token is run."""
         kept = [self._kept[id(row)] for row in rows]
-        firsts = [row.labels_from - 1 for row in rows]
-        out = [self._shelf[one.out][first:-1] for one, first in zip(kept, firsts, strict=True)]
-        at, which, before = [], [], 0
-        for one, row, first in zip(kept, rows, firsts, strict=True):
-            chosen = (one.tokens >= first) & (one.tokens < len(row.input_ids) - 1)
-            at.append(one.tokens[chosen] - first + before)
-            which.append(chosen)
-            before += len(row.input_ids) - 1 - first
+        out, at, which, before = [], [], [], 0
+        for row, one in zip(rows, kept, strict=True):
+            first, end = row.labels_from - 1, len(row.input_ids) - 1
+            out.append(self._shelf[one.out][first:end])
+            some = slice(*torch.searchsorted(one.tokens, torch.tensor([first, end])).tolist())
+            at.append(one.tokens[some] - first + before)
+            which.append(some)
+            before += end - first
         device = batch.input_ids.device
         moved = self._moved(kept, which, batch)
         return torch.cat(out).to(device).index_copy(0, torch.cat(at).to(device), moved)
 
-    def _moved(
-        self, kept: Sequence[_Moving], which: Sequence[slice | torch.Tensor], batch: Batch
-    ) -> torch.Tensor:
+    def _moved(self, kept: Sequence[_Moving], which: Sequence[slice], batch: Batch) -> torch.Tensor:
         """The layer's output, [M, H], of these of the tokens that a target sees."""
 
         def gather(numbers: Sequence[int]) -> torch.Tensor:
@@ -260,7 +258,9 @@ class TrainedRouter:
         if torch.equal(experts, index):
             return outputs
         found = experts[:, :, None] == index[:, None, :]  # [R, kept, K]
-        outputs = outputs.gather(1, found.int().argmax(dim=1)[:, :, None].expand_as(outputs))
+        R, K, width = outputs.shape
+        where = found.int().argmax(dim=1) + K * torch.arange(R, device=device)[:, None]
+        outputs = outputs.view(R * K, width)[where.flatten()].view(R, K, width)
         token, slot = torch.where(~found.any(dim=1) & ~torch.isin(index, self._targets.to(device)))
         if token.numel():
             ones = states.new_ones(len(token), 1)

@@ -80,10 +80,9 @@ def moments_of(optimizer: torch.optim.Optimizer, leaves: dict[str, torch.nn.Para
 def restore_moments(
     optimizer: torch.optim.Optimizer, leaves: dict[str, torch.nn.Parameter], moments: dict[str, Values]
 ) -> None:
-    """Put the tensors of `moments_of` back, each on its parameter's device; AdamW's step count stays on the CPU."""
+    """Put the tensors of `moments_of` back, each on its parameter's device, as fused AdamW has them."""
     for name, leaf in leaves.items():
         if name in moments:
             optimizer.state[leaf] = {
-                key: tensor.clone() if key == "step" else tensor.to(leaf.device, copy=True)
-                for key, tensor in moments[name].items()
+                key: tensor.to(leaf.device, copy=True) for key, tensor in moments[name].items()
             }
