@@ -6,7 +6,7 @@ Four ways, in turn:
     save_pretrained   the model is in memory, and every byte of it is written
     first             write_checkpoint with hard links from a base it never saw: what is shared is read for its digest
     again             the same from a base whose digests it remembers: every job on a base but the first
-    copied            write_checkpoint without any sharing: what a file system without reflinks does by default
+    copied            the same without any sharing: what a file system without reflinks does by default
 save_pretrained returns when the system has the bytes; `durable` is when the disk has them, as it has them when
 write_checkpoint returns.
 """

@@ -221,7 +221,7 @@ class _Making:
 
     Attributes:
         how: name -> reflink, hardlink or copy, for every file but config.json.
-        known: name -> digest of the shared files whose digest is remembered.
+        known: name -> digest, of the unchanged shards of which it is remembered.
         bytes_to_write: that the disk must have free: what is not shared.
         bytes_to_do: for progress: every file that is copied, or read for its digest.
     """
@@ -245,8 +245,15 @@ class _Making:
 
     @property
     def bytes_to_do(self) -> int:
-        """Every file whose digest is not known yet."""
-        return sum(self.size(name) for name in (*self.how, CONFIG) if name not in self.known)
+        """Every file that is not there yet with a digest that is known."""
+        return sum(map(self.size, (*self.to_make, CONFIG)))
+
+    @property
+    def to_make(self) -> list[str]:
+        """Names of the files to copy, patch or read for their digest, the longest work first; without config.json."""
+        names = [name for name in self.how if self.how[name] == "copy" or name not in self.known]
+        # What is copied takes longer than what is only hashed.
+        return sorted(names, key=lambda name: -self.size(name) * (1 + (self.how[name] == "copy")))
 
     def size(self, name: str) -> int:
         """Of the base's file, which is that of ours."""
@@ -256,13 +263,14 @@ class _Making:
         """Make one file, if it is not there, and return its digest."""
         source, target = self.planned.base / name, self.folder / name
         records, how = self.planned.dirty.get(name, ()), self.how.get(name, "copy")
+        before, known = source.stat(), self.known.get(name)
         if how == "copy" or records:
-            return copy_patched(
-                source, target, records, self.planned.on_disk, done, reflinked=how == "reflink"
+            digest = copy_patched(
+                source, target, records, self.planned.on_disk, done, reflinked=how == "reflink", known=known
             )
-        before = source.stat()
-        digest = sha256_of(target, done)  # its bytes are the base's own
-        if self.remember_digests:
+        else:
+            digest = sha256_of(target, done)  # its bytes are the base's own
+        if self.remember_digests and not records and target.suffix == ".safetensors":
             remember(source, before, digest)
         return digest
 
@@ -276,12 +284,11 @@ def _made(planned: WritePlan, folder: Path, share: Share, *, remember_digests: b
     for shard in planned.index.shards:
         allowed: Share = "reflink" if shard.name in planned.dirty and share != "copy" else share
         how[shard.name] = share_file(planned.base / shard.name, folder / shard.name, allowed)
+    clean = how.keys() & {shard.name for shard in planned.index.shards} - planned.dirty.keys()
     known: dict[str, str] = {}
     if remember_digests:
-        for name in how:
-            if how[name] != "copy" and name not in planned.dirty:
-                digest = remembered(planned.base / name)
-                known |= {name: digest} if digest else {}
+        digests = {name: remembered(planned.base / name) for name in clean}
+        known = {name: digest for name, digest in digests.items() if digest}
     return _Making(planned, folder, how, known, remember_digests)
 
 
@@ -297,12 +304,7 @@ def execute(making: _Making, done: Done) -> dict[str, str]:
         WriteError: verification_failed, naming the tensor or the file; and whatever `done` raises.
     """
     done(0)
-    # What is copied takes longer than what is only hashed.
-    names = sorted(
-        making.how.keys() - making.known.keys(),
-        key=lambda name: (making.size(name) * (1 + (making.how[name] == "copy")), name),
-        reverse=True,
-    )
+    names = making.to_make
     digests = in_threads([partial(making.make, name) for name in names], done)
     found = {**making.known, **dict(zip(names, digests, strict=True))}
     return {**found, CONFIG: in_threads([partial(making.make, CONFIG)], done)[0]}

@@ -398,6 +398,49 @@ def test_what_is_shared_is_read_for_its_digest_once(own, tmp_path):
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
 
 
+def test_a_copy_with_a_remembered_digest_is_compared_with_the_base_all_the_same(own, tmp_path, monkeypatch):
+    base, real = own("olmoe"), copying.write_all
+    for path in base.iterdir():
+        os.utime(path, (1, 1))
+    manifest = write_checkpoint(base, tmp_path / "a", {}, "test", share="copy")
+    hashed: list[int] = []
+    update = copying.BackgroundDigest.update
+    monkeypatch.setattr(
+        copying.BackgroundDigest,
+        "update",
+        lambda self, piece: (hashed.append(len(piece)), update(self, piece)),
+    )
+    assert write_checkpoint(base, tmp_path / "b", {}, "test", share="copy") == manifest
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    shards = sum(shard.size for shard in read_index(base).shards)
+    assert sum(hashed) == sum(path.stat().st_size for path in base.iterdir()) - shards
+
+    def faulty(file: int, data: memoryview, offset: int) -> None:
+        real(file, bytes([data[0] ^ 1, *data[1:]]), offset)
+
+    monkeypatch.setattr(copying, "write_all", faulty)
+    assert _refused(base, tmp_path / "c", {}).code == "verification_failed"
+
+
+def test_everything_is_on_the_disk_before_the_folder_has_its_name(models, tmp_path, monkeypatch):
+    """Files, and the folder that lists them; a power cut after the rename then leaves a whole checkpoint."""
+    synced, missing = set(), []
+    fsync, rename = os.fsync, Path.rename
+
+    def recorded(file: int) -> None:
+        fsync(file)
+        synced.add(os.fstat(file).st_ino)
+
+    def renaming(self: Path, target: Path) -> Path:
+        missing.extend(path.name for path in (*self.iterdir(), self) if path.stat().st_ino not in synced)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "rename", renaming)
+    write_checkpoint(models("olmoe"), tmp_path / "out", {ONE: torch.zeros(32, 16)}, "test", share="hardlink")
+    assert missing == [staging.MARKER]
+
+
 def test_memory_is_a_few_pieces_whatever_the_size(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
