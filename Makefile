@@ -64,6 +64,9 @@ families: setup ## Run every model family's tests and write what passed into the
 benchmark-defaults: setup ## Measure the default method on every kind of reference model (docs/results/defaults.md; an hour)
 	$(BIN)/python benchmarks/defaults.py $(ARGS)
 
+benchmark-speed: setup ## Measure speed and memory at true scale (docs/results/performance.md; hours; ARGS="--only steps")
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m benchmarks.speed $(ARGS)
+
 docs: setup ## Write what is made from the code and the figures: method and families page, the README's table
 	$(BIN)/python scripts/method_reference.py
 	$(BIN)/python scripts/families_table.py
@@ -78,4 +81,4 @@ hooks: setup ## Run the checks of .pre-commit-config.yaml before every commit
 clean: ## Remove .venv, caches and build/
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help setup services test test-all demo serve lint format types contract check families docs lock hooks clean
+.PHONY: help setup services test test-all demo serve lint format types contract check families benchmark-defaults benchmark-speed docs lock hooks clean

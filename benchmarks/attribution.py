@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.figures import Figures
 from benchmarks.hooks import affinity
-from benchmarks.measure import PeakMemory, in_process, timed
+from benchmarks.measure import PeakMemory, timed
 from benchmarks.setting import Setting, encoded, method_of
 from benchmarks.steps import whole
 from seuf_core.attribution.scores import score_experts
@@ -56,7 +56,7 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
         found: dict[str, list[Found]] = {way: [] for way in ways}
         for _ in range(min(REPEATS, setting.rounds)):
             for way, measure in ways.items():
-                found[way].append(in_process(measure, setting, shape))
+                found[way].append(setting.apart(measure, setting, shape))
         _compare(setting, shape, found["streamed"][0], found["resident"][0])
         for way, repeats in found.items():
             tokens = _sequences(setting) * _length(setting)

@@ -34,6 +34,10 @@ class Figures:
         """The value, or None where it was not measured."""
         return self._rows[name][0] if name in self._rows else None
 
+    def drop(self, prefixes: tuple[str, ...]) -> None:
+        """Forget every figure whose name begins with one of these."""
+        self._rows = {name: row for name, row in self._rows.items() if not name.startswith(prefixes)}
+
     def names(self, prefix: str = "") -> list[str]:
         """The names that begin so."""
         return [name for name in self._rows if name.startswith(prefix)]

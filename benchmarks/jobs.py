@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.figures import Figures
 from benchmarks.hooks import affinity
-from benchmarks.measure import PeakMemory, in_process, timed
+from benchmarks.measure import PeakMemory, timed
 from benchmarks.naive import Naive
 from benchmarks.setting import (
     BATCH_SIZE,
@@ -44,7 +44,11 @@ from seuf_core.method import Method
 from seuf_core.observer import Silent
 from seuf_core.unlearning.terms import TrainingData
 
-OBJECTIVES: Final[tuple[Objective, ...]] = ("rmu", "npo")
+# Objective, and the memory that the job may use ("" = what is free).
+CASES: Final[tuple[tuple[Objective, str], ...]] = (
+    ("rmu", ""), ("npo", ""), ("rmu", "3GB"), ("npo", "10GB"), ("npo", "4GB"),
+)  # fmt: skip
+LARGE: Final = ("olmoe-1b-7b", "qwen1.5-moe-a2.7b", "deepseek-v2-lite", "qwen3-30b-a3b")
 EPOCHS: Final = 5
 EXAMPLES: Final = 64  # of each set, half of them for training
 ATTRIBUTION_TOKENS: Final = 2048  # of a batch of the naive attribution
@@ -74,27 +78,31 @@ class Done:
 def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
     """Measure every job that is not there yet."""
     for shape in setting.shapes:
-        for objective in OBJECTIVES:
-            if f"jobs/{shape}/{objective}/ours/seconds" not in figures:
-                with tempfile.TemporaryDirectory(dir=setting.folder) as work:
-                    _measure(setting, figures, shape, objective, Path(work))
-                save()
+        for objective, memory in CASES:
+            limited = f"-in-{memory}" if memory else ""
+            prefix = f"jobs/{shape}/{objective}{limited}"
+            # A limit says something only of a model that is larger.
+            if f"{prefix}/ours/seconds" in figures or (memory and shape not in LARGE):
+                continue
+            with tempfile.TemporaryDirectory(dir=setting.folder) as work:
+                files = _files(setting, shape, Path(work))
+                _measure(setting, figures, prefix, files, _method(files, objective), memory)
+            save()
 
 
-def _measure(setting: Setting, figures: Figures, shape: str, objective: Objective, work: Path) -> None:
-    files = _files(setting, shape, work)
-    method = _method(files, objective)
-    naive = room(files.model, "second")
+def _measure(
+    setting: Setting, figures: Figures, prefix: str, files: JobFiles, method: Method, memory: str
+) -> None:
+    work, naive = files.forget.parent, not memory and room(files.model, "second")
     ours: list[Done] = []
     theirs: list[Done] = []
     for number in range(min(REPEATS, setting.rounds) if naive else 1):
         out = work / f"out-{number}"
-        ours.append(in_process(_ours, files, method, out))
+        ours.append(setting.apart(_ours, files, method, out, memory))
         shutil.rmtree(out)
         if naive:
-            theirs.append(in_process(_naive, files, method, out, ours[0].target))
+            theirs.append(setting.apart(_naive, files, method, out, ours[0].target))
             shutil.rmtree(out)
-    prefix = f"jobs/{shape}/{objective}"
     for way, done in (("ours", ours), ("naive", theirs)):
         if done:
             figures.add(f"{prefix}/{way}/seconds", median(one.seconds for one in done), "s")
@@ -126,7 +134,7 @@ def _inputs(files: JobFiles, method: Method) -> Inputs:
     return read_inputs(files.model, files.forget, files.retain, files.evaluation, method, Silent())
 
 
-def _ours(files: JobFiles, method: Method, out: Path) -> Done:
+def _ours(files: JobFiles, method: Method, out: Path, memory: str) -> Done:
     with tempfile.TemporaryDirectory(dir=out.parent) as work, PeakMemory() as peak:
         seconds, result = timed(
             lambda: unlearn(
@@ -137,6 +145,7 @@ def _ours(files: JobFiles, method: Method, out: Path) -> Done:
                 evaluation=files.evaluation,
                 method=method,
                 work=Path(work),
+                memory=memory or None,
             )
         )
     (target,) = result.selection

@@ -35,7 +35,7 @@ class Ours:
         self._run = _run(view, method, data, targets)
         self.leaves = self._run.trainable.named_parameters()
         (rate,) = method.rates(1.0)
-        self._optimizer = torch.optim.AdamW(self.leaves.values(), lr=rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self.leaves.values(), lr=rate, weight_decay=0.0, fused=True)
 
     def attached(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with the trained parameters."""

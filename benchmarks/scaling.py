@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks.figures import Figures
-from benchmarks.measure import PeakMemory, exponent, in_process, timed
+from benchmarks.measure import PeakMemory, exponent, timed
 from benchmarks.ours import Ours
 from benchmarks.setting import LENGTH, Objective, Setting, encoded, method_of, training_data
 from benchmarks.shapes import SHAPES, TARGET_EXPERT
@@ -88,7 +88,7 @@ def _axis(setting: Setting, figures: Figures, axis: str, sizes: tuple[int, ...],
         _checkpoint(setting, point)
     for _ in range(min(REPEATS, setting.rounds)):
         for size, point in points.items():
-            found[size].append(in_process(MEASURES[what], setting, point))
+            found[size].append(setting.apart(MEASURES[what], setting, point))
     for place, unit in enumerate(("seconds", "bytes")):
         values = [max(1e-9, median(one[place] for one in found[size])) for size in sizes]
         prefix = f"scaling/{axis}/{what}"

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, ParamSpec, TypeVar
 
 import torch
 
-from benchmarks.measure import TURN_SECONDS, Variant, interleaved
+from benchmarks.measure import TURN_SECONDS, Variant, in_process, interleaved
 from benchmarks.shapes import SHAPES, TINY_LAYERS, tiny_fields, write_shape
 from seuf_core.data.batches import Encoded
 from seuf_core.method import Method
 from seuf_core.unlearning.terms import TrainingData
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Size = Literal["full", "small"]
 Objective = Literal["rmu", "npo", "gradient_difference"]
 Router = Literal["freeze", "train"]
@@ -44,6 +46,10 @@ class Setting:
     def medians(self, variants: Mapping[str, Variant]) -> dict[str, float]:
         """Seconds a call of each variant: see benchmarks.measure.interleaved."""
         return interleaved(variants, self.rounds, TURN_SECONDS if self.size == "full" else 0.0)
+
+    def apart(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`function(...)` in a process of its own; of size small in this one, where only its result matters."""
+        return in_process(function, *args, **kwargs) if self.size == "full" else function(*args, **kwargs)
 
     def checkpoint(self, name: str, **changed: int) -> Path:
         """The checkpoint of a shape, written when it is not there; with arguments of `write_shape` where given."""

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.figures import Figures
 from benchmarks.floor import Products
-from benchmarks.measure import PeakMemory, Variant, available_bytes, in_process, timed
+from benchmarks.measure import PeakMemory, Variant, available_bytes, timed
 from benchmarks.naive import Naive, Targets
 from benchmarks.ours import Ours
 from benchmarks.setting import (
@@ -83,7 +83,7 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
         for objective, way in product(get_args(Objective), ("ours", "n1", "n0")):
             name = f"memory/{shape}/{objective}/{way}"
             if name not in figures and _fits(setting, shape, way):
-                peak = in_process(_memory, setting, shape, objective, way)
+                peak = setting.apart(_memory, setting, shape, objective, way)
                 figures.add(name, peak, "bytes")
                 save()
 
