@@ -29,6 +29,7 @@ def run(
     ] = None,
     heatmap: options.Heatmap = None,
     memory: options.Memory = None,
+    hardlinks: options.Hardlinks = False,
     json: options.Json = False,
 ) -> None:
     """Make a model forget, here and now: the same method as the service, without one."""
@@ -55,6 +56,7 @@ def run(
             work=work or Path(scratch),
             observer=here.Shown(live),
             memory=memory,
+            share="hardlink" if hardlinks else "reflink",
         )
     if heatmap is not None and result.attribution is not None:
         here.draw(heatmap, result.attribution)

@@ -19,6 +19,7 @@ from seuf_core.attribution.scores import score_experts
 from seuf_core.attribution.selection import Selection, by_layer, coverage, first_choice, selections
 from seuf_core.attribution.stability import Stability, stability
 from seuf_core.attribution.statistics import RoutingStatistics
+from seuf_core.checkpoint.copying import Share
 from seuf_core.checkpoint.index import read_index
 from seuf_core.checkpoint.manifest import Manifest
 from seuf_core.checkpoint.writer import write_checkpoint
@@ -111,6 +112,7 @@ def unlearn(
     work: Path,
     observer: Observer | None = None,
     memory: int | str | None = None,
+    share: Share = "reflink",
 ) -> UnlearnResult:
     """Make a model forget a set of examples, and write the result as an ordinary checkpoint.
 
@@ -125,6 +127,7 @@ def unlearn(
         observer: hears progress and may cancel.
         memory: what the job may use, in bytes or such as "6GB"; None = SEUF_MEMORY, else what is free. The plan keeps
             as many layers in memory as fit, and reads the others when they are needed.
+        share: what unchanged shards may share with the base: see seuf_core.checkpoint.writer.write_checkpoint.
 
     Raises:
         DataError, ModelError, MethodError: inputs that cannot be used; nothing was written to `out`.
@@ -141,9 +144,9 @@ def unlearn(
         job = open_job(model, inputs, method, observer, "suffix")
         recorder.phase("planning")
         planning = Planning.of(job, memory, work, baseline)
+        recorder.phase("attributing")
         job, plan = planning.before(job)
         observer.event("plan", {"plan": plan.as_dict()})
-        recorder.phase("attributing")
         attributed = attribute(job) if method.selects_experts else None
         recorder.phase("unlearning")
         candidates = attributed.candidates if attributed else ((),)
@@ -153,7 +156,7 @@ def unlearn(
         metrics = measure(job, found, work)
         recorder.phase("publishing")
         changed = found.trainable.disk_tensors()
-        manifest = _published(job, found, changed, out) if out is not None else None
+        manifest = _published(job, found, changed, out, share) if out is not None else None
     actual = recorder.actual
     shown = {"plan": plan.as_dict(), "actual": actual.as_dict()}
     observer.event("plan", {**shown, "comparison": compare(plan, actual).as_dict()})
@@ -172,14 +175,16 @@ def unlearn(
     )
 
 
-def _published(job: Job, found: Found, changed: dict[str, torch.Tensor], out: Path) -> Manifest:
+def _published(
+    job: Job, found: Found, changed: dict[str, torch.Tensor], out: Path, share: Share
+) -> Manifest:
     """Write the checkpoint, with method and selection in its manifest."""
     extra = {
         "method": job.method.model_dump(mode="json"),
         "selection": [asdict(target) for target in found.selection],
     }
     by, progress = f"seuf {__version__}", _publishing(job.observer)
-    return write_checkpoint(job.folder, out, changed, by, extra, progress)
+    return write_checkpoint(job.folder, out, changed, by, extra, progress, share)
 
 
 def _announcing(job: Job, attributed: Attributed | None) -> Callable[[Selection], None]:

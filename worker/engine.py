@@ -98,6 +98,8 @@ class Engine:
             method=inputs.method,
             work=self.training,
             observer=JobObserver(self.job, self.stop),
+            # Nobody writes into a file of a published checkpoint, so it may be the base's own.
+            share="hardlink",
         )
         return cast("UnlearnResult", result)
 

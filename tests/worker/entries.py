@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import update
 
@@ -26,6 +26,9 @@ from seuf_core.observer import Observer
 from store.database import Database
 from store.settings import Settings
 from store.tables import Job
+
+if TYPE_CHECKING:
+    from seuf_core.checkpoint.copying import Share
 
 EXPERTS = [{"layer": 1, "expert": 2, "score": 0.9}]
 ATTRIBUTION = {
@@ -67,6 +70,7 @@ def works(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """Every kind of event, `method.steps` quick steps, a checkpoint of one file."""
     observer.phase("validating", 1, 1)
@@ -106,6 +110,7 @@ def runs_until_stopped(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """Steps of 20 ms; counts them in `work`, and says in an event where it went on from."""
     work.mkdir(parents=True, exist_ok=True)
@@ -132,6 +137,7 @@ def evaluates_until_stopped(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """A phase that never asks whether it is cancelled."""
     observer.event("pid", {"pid": os.getpid()})
@@ -150,6 +156,7 @@ def ignores_stop(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """Sleeps through everything, with a child of its own in its process group."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -168,6 +175,7 @@ def refuses(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """The input cannot be used."""
     raise DataError(
@@ -185,6 +193,7 @@ def crashes(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """An error nobody foresaw, quoting the data."""
     raise ValueError(forget.read_text())
@@ -200,6 +209,7 @@ def needs_memory(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """More bytes than any machine has."""
     return bytearray(1 << 60)
@@ -215,6 +225,7 @@ def is_killed(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """What the kernel does when memory runs out."""
     out.mkdir()
@@ -232,6 +243,7 @@ def aborts(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """A crash below Python."""
     os.abort()
@@ -247,10 +259,19 @@ def loses_its_lease(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """Finishes, but another worker has the job by then."""
     result = works(
-        model, forget, out, retain=retain, evaluation=evaluation, method=method, work=work, observer=observer
+        model,
+        forget,
+        out,
+        retain=retain,
+        evaluation=evaluation,
+        method=method,
+        work=work,
+        observer=observer,
+        share=share,
     )
     with Database(Settings().database_url).write() as session:
         session.execute(update(Job).values(lease_token=Job.lease_token + 1, lease_worker="worker-2"))
@@ -289,11 +310,20 @@ def unlearns_with_a_pause(
     method: Method,
     work: Path,
     observer: Observer,
+    share: Share,
 ) -> Any:
     """The real method."""
     from seuf_core import unlearn  # loads torch, which the other functions do without
 
     pausing = PausesOnce(observer, work.parent / "paused")
     return unlearn(
-        model, forget, out, retain=retain, evaluation=evaluation, method=method, work=work, observer=pausing
+        model,
+        forget,
+        out,
+        retain=retain,
+        evaluation=evaluation,
+        method=method,
+        work=work,
+        observer=pausing,
+        share=share,
     )

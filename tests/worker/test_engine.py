@@ -91,6 +91,10 @@ def check_results(house: House, job_id: str, model: Path) -> None:
     assert checkpoint.manifest == read_manifest(folder).model_dump(mode="json")
     assert {entry["name"] for entry in checkpoint.manifest["files"]} >= {DELTA, "config.json"}
     assert sha256_file(folder / "config.json") == sha256_file(model / "config.json")
+    shards = {entry["name"] for entry in checkpoint.manifest["files"] if entry["name"].startswith("model-")}
+    dirty = {change["shard"] for change in checkpoint.manifest["changed"]}
+    linked = {name for name in shards if (folder / name).samefile(model / name)}
+    assert linked == shards - dirty != set()
     assert attribution is not None
     assert len(attribution.matrix) == len(attribution.layers) == 3
     assert all(len(row) == 8 for row in attribution.matrix)
