@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import threading
@@ -85,7 +84,6 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._sample()

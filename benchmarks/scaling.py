@@ -32,7 +32,7 @@ from seuf_core.job import load
 
 SHAPE: Final = "olmoe-125m"
 REPEATS: Final = 3
-WARM_UP: Final = 8  # steps
+WARM_UP: Final = 2  # steps
 STEPS: Final = 8
 
 

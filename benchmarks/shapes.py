@@ -32,6 +32,7 @@ SHARD_BYTES: Final = 5_000_000_000  # as published models have them
 # Random numbers are drawn once and read from another place for each tensor. A prime, so that no two rows of a
 # tensor, which are a power of two long, are the same however often a large tensor goes round.
 POOL: Final = 33_554_393
+SMALL_POOL: Final = 1_048_573  # of a model that has no more weights than that; a prime too
 STANDARD_DEVIATION: Final = 0.02
 TARGET_EXPERT: Final = 3  # the one that the benchmarks train
 FAVOUR: Final = 4.0  # times its router row where it is favoured: it then wins nearly every other token
@@ -205,7 +206,11 @@ def _write_shards(
     favoured: str,
 ) -> None:
     shards = _shards(shapes, dtype.itemsize, shard_bytes)
-    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).mul_(STANDARD_DEVIATION).to(dtype)
+    size = sum(map(math.prod, shapes.values()))
+    drawn = torch.randn(
+        POOL if size > SMALL_POOL else SMALL_POOL, generator=torch.Generator().manual_seed(seed)
+    )
+    pool = drawn.mul_(STANDARD_DEVIATION).to(dtype)
     places = random.Random(seed)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
@@ -213,13 +218,12 @@ def _write_shards(
         with (folder / file).open("wb") as out:
             out.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
-                for part in _values(name, math.prod(shapes[name]), pool, places.randrange(POOL)):
+                for part in _values(name, math.prod(shapes[name]), pool, places.randrange(len(pool))):
                     part = _favouring(part.view(shapes[name])) if name == favoured else part
                     out.write(part.view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        size = sum(map(math.prod, shapes.values())) * dtype.itemsize
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": size * dtype.itemsize}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
