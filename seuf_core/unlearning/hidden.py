@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from seuf_core.data.batches import Encoded
 from seuf_core.errors import MethodError
 from seuf_core.method import Method
 from seuf_core.moe.forward import Forward
+from seuf_core.moe.memory import within_memory
 from seuf_core.moe.routing import capture_routing
 from seuf_core.moe.view import MoEView
 from seuf_core.unlearning import losses
@@ -87,7 +89,11 @@ class HiddenStateObjective:
         """Of each example: the states [P_i, H] before training where a label token is predicted, on the CPU."""
         for start in range(0, len(encoded), self._method.batch_size):
             rows = encoded[start : start + self._method.batch_size]
-            states, row = self._forward.states(rows, self._layer)
+            states, row = within_memory(
+                partial(self._forward.states, rows, self._layer),
+                partial(self._forward.halve, rows),
+                max(len(row.input_ids) for row in rows),
+            )
             counts = torch.bincount(row, minlength=len(rows)).tolist()
             # Copies: a view would keep those of the whole batch alive.
             yield from (part.clone() for part in states.cpu().split(counts))

@@ -326,7 +326,7 @@ def test_cross_entropy_of_what_the_head_says_equals_transformers_own_loss(family
 
 
 @pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
-def test_layer_states_equal_the_hidden_states_of_transformers(family: str) -> None:
+def test_states_equal_the_hidden_states_of_transformers(family: str) -> None:
     model = tiny.build_model(family)
     batch, forward = collate(sequences()), Forward(moe_view(model))
     with torch.no_grad():
