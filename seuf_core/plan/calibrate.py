@@ -29,8 +29,8 @@ POSITIONS = 128
 FEWEST_WORDS = 128
 READ_BYTES = 256 << 20
 WRITE_BYTES = 32 << 20
-# The best of so many: what else the machine did meanwhile is no part of a job.
-REPEATS = 2
+# The best of at least so many runs, and of as many as take so long: what else the machine did is no part of a job.
+REPEATS, REPEAT_SECONDS = 3, 0.3
 
 
 def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path, baseline: int) -> Calibration:
@@ -109,14 +109,15 @@ def _both_ways(view: MoEView, layer: int, tokens: int) -> Callable[[], None]:
 
 def _seconds(run: Callable[[], None]) -> float:
     """The best of a few runs after one that warms up."""
-    taken = []
-    for _ in range(REPEATS + 1):
+    run()
+    taken: list[float] = []
+    while len(taken) < REPEATS or sum(taken) < REPEAT_SECONDS:
         _wait()
         since = time.perf_counter()
         run()
         _wait()
         taken.append(time.perf_counter() - since)
-    return min(taken[1:])
+    return min(taken)
 
 
 def _wait() -> None:

@@ -11,42 +11,45 @@ from dataclasses import dataclass
 
 from seuf_core.plan.facts import Calibration, ModelShape
 
-# Padded tokens of a pass without gradients over a whole set (attribution, constants, probes).
-TOKENS_PER_PASS = 2048
+# Padded tokens of a pass without gradients: of attribution, while constants are computed, and of probes.
+TOKENS_PER_SCORE, TOKENS_PER_PASS, TOKENS_PER_LOOK = 8192, 2048, 4096
 # Padded tokens of a pass with gradients through the whole model (the score `gradient`).
 TOKENS_PER_BACKWARD = 1024
+# Hidden states and constants that are more than this are mapped files (seuf_core.moe.sweep, seuf_core.passes).
+STATES_IN_MEMORY, CONSTANTS_IN_MEMORY = 256 << 20, 1 << 30
 # Positions that go through the head together (seuf_core.moe.head).
 HEAD_CHUNK = 128
 
-# What follows was measured with torch 2.13 on a CPU, see docs/how-to/plan-a-job.md: what the allocator keeps and
-# kernels use by themselves cannot be derived.
-# Numbers of size H that live at once inside one layer for each token, beside the experts' own: residual, normed
-# states in fp32 and in b, queries, keys, values, attention output.
-FORWARD_STATES = 8
-# The same, kept for the backward pass.
-KEPT_STATES = 9
+# Fitted, since what kernels use by themselves and the allocator keeps cannot be derived; torch 2.13 on a CPU:
+# numbers of size H that live at once inside one layer for each token, beside the experts' own and the outputs of the
+# dense matrices; and the same of what is kept for the backward pass (within 7 % of what autograd saves of OLMoE in
+# fp32 and of Qwen2-MoE in bf16).
+FORWARD_STATES, KEPT_STATES = 4, 5
+# Seconds of a step beside its layers: constants gathered, leaves cast, the loss and its bookkeeping.
+START_SECONDS = 0.01
 # Bytes of a position's logits beside the logits themselves: fp32 copy, softmax, gradient in fp32.
 LOGIT_BYTES = 12
 
 
 def forward_bytes(shape: ModelShape, tokens: int) -> int:
-    """Activations inside one decoder layer without gradients, at their peak: T * (b * (8 H + K (2 H + 3 I)) + 44 E).
+    """Activations inside one decoder layer without gradients, at most: T * (b * (4 H + D + K (2 H + 3 I)) + 44 E).
 
-    Of each (token, expert) pair the grouped product holds its input, gate and up, their product and its output; the
-    router's scores take 44 bytes an expert while they are summed up (seuf_core.attribution.statistics).
+    D: outputs of the layer's dense matrices. Of each (token, expert) pair the grouped product holds its input, gate
+    and up, their product and its output; the router's scores take 44 bytes an expert while they are summed up.
     """
     routed = shape.num_experts_per_tok * (2 * shape.width + 3 * shape.intermediate)
-    return tokens * (shape.number * (FORWARD_STATES * shape.width + routed) + 44 * shape.num_experts)
+    numbers = FORWARD_STATES * shape.width + shape.outputs + routed
+    return tokens * (shape.number * numbers + 44 * shape.num_experts)
 
 
 def kept_bytes(shape: ModelShape, tokens: int) -> int:
-    """What one decoder layer keeps for a backward pass through activations: T * b * (9 H + K (H + 3 I)).
+    """What one decoder layer keeps for a backward pass through activations: T * b * (5 H + D + K (H + 3 I)).
 
     Weights are frozen, so a product keeps no input; what is kept are the norms' inputs, what attention and the gate's
     product multiply, and the weighted outputs of the experts.
     """
     routed = shape.num_experts_per_tok * (shape.width + 3 * shape.intermediate)
-    return tokens * shape.number * (KEPT_STATES * shape.width + routed)
+    return tokens * shape.number * (KEPT_STATES * shape.width + shape.outputs + routed)
 
 
 def head_bytes(shape: ModelShape, positions: int) -> int:
@@ -57,6 +60,11 @@ def head_bytes(shape: ModelShape, positions: int) -> int:
 def states_bytes(shape: ModelShape, tokens: int) -> int:
     """Hidden states of so many tokens: T * H * b."""
     return tokens * shape.width * shape.number
+
+
+def in_memory(size: int, limit: int = STATES_IN_MEMORY) -> int:
+    """What of so many bytes of states is anonymous memory: all, or past the limit nothing (`sweep.States`)."""
+    return size if size <= limit else 0
 
 
 def trained_bytes(elements: int, number: int = 4) -> int:
@@ -73,7 +81,8 @@ class Work:
     """What a phase computes: calls of a decoder layer, operations by kind, and bytes read while it computes.
 
     calls, flops: of layers, forward only. backward_calls, backward_flops: of layers that are run forward and
-    backward, the flops counted once for each direction. head_flops: of the output head. moved: numbers that the
+    backward, the flops counted once for each direction. head_flops: of the output head. starts: how often constants are
+    put together and the start layer is run. moved: numbers that the
     optimiser moves. read: bytes of weights from disk; first: of these, what nothing is computed behind.
     written: bytes to disk.
     """
@@ -83,6 +92,7 @@ class Work:
     backward_calls: int = 0
     backward_flops: int = 0
     head_flops: int = 0
+    starts: int = 0
     moved: int = 0
     read: int = 0
     first: int = 0
@@ -118,12 +128,13 @@ class Work:
             + self.backward_calls * rates.backward_seconds
             + self.backward_flops / rates.backward_rate
             + self.head_flops / rates.head_rate
+            + self.starts * START_SECONDS
             + self.moved / rates.step_rate
         )
         behind = (self.read - self.first) / rates.read_rate
         return max(computing, behind) + self.first / rates.read_rate + self.written / rates.write_rate
 
 
-def passes(tokens: int, per_pass: int = TOKENS_PER_PASS) -> int:
+def passes(tokens: int, per_pass: int) -> int:
     """How many passes so many tokens are."""
     return -(-tokens // per_pass)

@@ -25,11 +25,13 @@ class LayerShape:
     """One decoder layer on disk.
 
     bytes: of all its tensors. dense: elements of its matrices outside the routed experts, router included: each
-    token is multiplied with all of them. shards: the files it lies in.
+    token is multiplied with all of them. outputs: how many numbers these give for each token. shards: the files it
+    lies in.
     """
 
     bytes: int
     dense: int
+    outputs: int
     shards: tuple[str, ...]
 
 
@@ -74,9 +76,9 @@ class ModelShape:
         return round(self.expert / (3 * self.width))
 
     @property
-    def expert_bytes(self) -> int:
-        """Of one routed expert."""
-        return self.expert * self.number
+    def outputs(self) -> int:
+        """Numbers that the dense matrices of a layer give for each token; of the layer with most."""
+        return max(layer.outputs for layer in self.layers)
 
     def flops(self, layer: int) -> int:
         """Floating-point operations of one token in one decoder layer: 2 for each weight it is multiplied with.
@@ -149,7 +151,9 @@ def model_shape(folder: Path) -> ModelShape:
 def _layer(records: list[TensorRecord], routed: int) -> LayerShape:
     matrices = sum(record.elements for record in records if len(record.shape) > 1)
     shards = tuple(sorted({record.shard for record in records}))
-    return LayerShape(sum(record.bytes for record in records), matrices - routed, shards)
+    # Where experts are fused on disk, their tensors have a third axis; where not, "experts." in their names.
+    outputs = sum(r.shape[0] for r in records if len(r.shape) == 2 and ".experts." not in r.name)
+    return LayerShape(sum(record.bytes for record in records), matrices - routed, outputs, shards)
 
 
 def _expert(index: CheckpointIndex, facts: ModelFacts) -> int:

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
 from seuf_core.plan import costs
-from seuf_core.plan.costs import Work
+from seuf_core.plan.costs import Work, passes
 from seuf_core.plan.facts import BASELINE_BYTES, Calibration, JobTokens, ModelShape, TokenCounts
 
 Residency = Literal["whole", "suffix", "streamed"]
@@ -164,28 +164,35 @@ def drafts(setting: Setting) -> tuple[Draft, ...]:
 
 
 def attributing(setting: Setting) -> Draft:
-    """All layers in turn over all sequences: layers + states of every token (T * H * b) + one pass's activations.
+    """All layers in turn over both halves of each set: layers + states of every token (T * H * b; a file past 256 MB)
+    + one pass's activations.
 
-    The score `gradient` also goes back through the whole model: what each layer keeps of 1024 tokens.
+    The score `gradient` goes forward once more and back: of one batch what a layer keeps.
     """
     shape, method, tokens = setting.shape, setting.method, setting.tokens
-    read = tokens.forget + (tokens.retain if method.attribution == "contrast" else TokenCounts())
-    layers = range(len(shape.layers))
+    sets = [tokens.forget] + ([tokens.retain] if method.attribution == "contrast" else [])
+    halves = [-(-one.tokens // 2) for one in sets for _ in range(2)]
+    layers, read = range(len(shape.layers)), sum(one.tokens for one in sets)
     work = Work(read=shape.bytes, first=shape.outside_bytes + shape.layers[0].bytes)
-    work.layers(shape, layers, read.tokens, costs.passes(read.tokens))
     if setting.residency == "whole":
         work.first = shape.bytes
+    work.layers(shape, layers, read, sum(passes(half, costs.TOKENS_PER_SCORE) for half in halves))
     memory = setting.base_memory(training=False) | {
-        "states": costs.states_bytes(shape, read.tokens),
-        "activations": costs.forward_bytes(shape, min(read.tokens, costs.TOKENS_PER_PASS)),
-        "statistics": 2 * read.labels * len(shape.moe_layers) * shape.num_experts_per_tok,
+        "states": costs.in_memory(costs.states_bytes(shape, read)),
+        "activations": costs.forward_bytes(shape, min(max(halves), costs.TOKENS_PER_SCORE)),
+        "statistics": 2 * sum(one.labels for one in sets) * len(shape.moe_layers) * shape.num_experts_per_tok,
     }
     if method.attribution == "gradient":
-        times = costs.passes(tokens.forget.tokens, costs.TOKENS_PER_BACKWARD)
+        times = passes(tokens.forget.tokens, costs.TOKENS_PER_BACKWARD)
+        work.layers(shape, layers, tokens.forget.tokens, times)
         work.both_ways(shape, layers, tokens.forget.tokens, times, 1)
         work.head_flops += 2 * tokens.forget.labels * shape.head_flops
+        if setting.residency != "whole":
+            work.read += 2 * shape.layer_bytes(layers)
         back = min(tokens.forget.tokens, costs.TOKENS_PER_BACKWARD)
-        memory["activations"] = len(layers) * costs.kept_bytes(shape, back)
+        memory["activations"] = max(
+            memory["activations"], costs.kept_bytes(shape, back) + costs.forward_bytes(shape, back)
+        )
         memory["head"] = costs.head_bytes(shape, back)
     return Draft("attributing", work, memory)
 
@@ -193,28 +200,29 @@ def attributing(setting: Setting) -> Draft:
 def constants(setting: Setting) -> Draft:
     """What stays the same while training: the pass up to the start layer, and what is compared with from above it.
 
-    Kept: states of every token (T * H * b) and, for the share of tokens that a target of the start layer sees, what
-    attention, shared experts and frozen experts said (4 * H * b). Of objectives that compare with the model before
-    training, its last states at label positions (P * H * b).
+    Kept, in a file past 1 GB: states of every token (T * H * b) and, for the share of tokens that a target of the
+    start layer sees, what flowed in, attention, shared experts and frozen experts said (4 * H * b); with a trained
+    router for every token of the examples what each of its experts said ((2 + K) * H * b). Of objectives that compare
+    with the model before training, its last states at label positions (P * H * b).
     """
-    shape = setting.shape
-    everything = setting.everything
+    shape, everything = setting.shape, setting.everything
     work = Work()
     if setting.residency != "whole":
         work.read = shape.layer_bytes(range(setting.start + 1))
         work.first = shape.layers[0].bytes
     if setting.residency == "suffix":
-        rest = shape.layer_bytes(setting.suffix) - shape.layers[setting.start].bytes
-        work.read, work.first = work.read + rest, work.first + rest
-    work.layers(shape, range(setting.start + 1), everything.tokens, costs.passes(everything.tokens))
+        work.read += shape.layer_bytes(setting.suffix)
+        work.first += shape.layer_bytes(setting.suffix)
+    times = passes(everything.tokens, costs.TOKENS_PER_PASS)
+    work.layers(shape, range(setting.start + 1), everything.tokens, times)
     compared = _compared(setting)
-    work.layers(shape, setting.suffix[1:], compared.tokens, costs.passes(compared.tokens))
+    work.layers(shape, setting.suffix[1:], compared.tokens, passes(compared.tokens, costs.TOKENS_PER_LOOK))
     work.head_flops += compared.labels * shape.head_flops
     if setting.residency == "streamed" and compared.tokens:
         work.read += shape.layer_bytes(setting.suffix[1:])
     memory = setting.base_memory(training=True) | {
         "constants": _constants_bytes(setting),
-        "states": costs.states_bytes(shape, everything.tokens),
+        "states": costs.in_memory(costs.states_bytes(shape, everything.tokens)),
         "activations": costs.forward_bytes(shape, min(everything.tokens, costs.TOKENS_PER_PASS)),
     }
     return Draft("constants", work, memory)
@@ -236,8 +244,12 @@ def _constants_bytes(setting: Setting) -> int:
     if not setting.targets.layers:
         return 0
     shape, everything = setting.shape, setting.everything
-    moving = 4 * int(setting.seen * everything.tokens)
-    return costs.states_bytes(shape, everything.tokens + moving + _compared(setting).labels)
+    beside = 4 * int(setting.seen * everything.tokens)
+    if setting.method.trains_router:
+        trained_on = everything.tokens - setting.tokens.selection.tokens
+        beside = (2 + shape.num_experts_per_tok) * trained_on
+    size = costs.states_bytes(shape, everything.tokens + beside + _compared(setting).labels)
+    return min(size, costs.CONSTANTS_IN_MEMORY)
 
 
 def unlearning(setting: Setting) -> Draft:
@@ -248,14 +260,23 @@ def unlearning(setting: Setting) -> Draft:
     """
     shape, method = setting.shape, setting.method
     work, layers, batch = Work(), setting.steps_layers, setting.batch
-    pieces = costs.passes(batch.tokens, setting.micro)
+    pieces = passes(batch.tokens, setting.micro)
     recomputed = pieces > 1 or setting.residency == "streamed"
-    work.both_ways(shape, layers, batch.tokens, pieces, method.steps)
+    # The start layer runs on what its targets can change, and what else it says is looked up.
+    above = layers[1:] if setting.targets.layers else layers
+    work.both_ways(shape, above, batch.tokens, pieces, method.steps)
+    work.starts = method.steps if setting.targets.layers else 0
+    work.backward_flops += 3 * 2 * work.starts * int(setting.seen * batch.tokens) * shape.expert
     if recomputed:
-        work.layers(shape, layers, method.steps * batch.tokens, method.steps * pieces)
+        work.layers(shape, above, method.steps * batch.tokens, method.steps * pieces)
     looks = -(-method.steps // method.evaluate_every) + 1
     selection = setting.tokens.selection
-    work.layers(shape, setting.suffix, looks * selection.tokens, looks * costs.passes(selection.tokens))
+    work.layers(
+        shape,
+        setting.suffix,
+        looks * selection.tokens,
+        looks * passes(selection.tokens, costs.TOKENS_PER_LOOK),
+    )
     work.head_flops += looks * selection.labels * shape.head_flops
     if method.objective not in HIDDEN_STATE_OBJECTIVES:
         work.head_flops += 2 * method.steps * batch.labels * shape.head_flops
@@ -265,14 +286,14 @@ def unlearning(setting: Setting) -> Draft:
         work.read += shape.bytes
         work.first += shape.bytes
     if setting.residency == "streamed":
-        above = [layer for layer in layers if layer not in setting.targets.layers]
+        again = [layer for layer in layers if layer not in setting.targets.layers]
         others = [layer for layer in setting.suffix if layer not in setting.targets.layers]
-        work.read += method.steps * 2 * shape.layer_bytes(above) + looks * shape.layer_bytes(others)
+        work.read += method.steps * 2 * shape.layer_bytes(again) + looks * shape.layer_bytes(others)
     memory = setting.base_memory(training=True) | {
         "constants": _constants_bytes(setting),
         "trained": _trained_bytes(setting),
         "activations": max(
-            _step_bytes(setting), costs.forward_bytes(shape, min(selection.tokens, costs.TOKENS_PER_PASS))
+            _step_bytes(setting), costs.forward_bytes(shape, min(selection.tokens, costs.TOKENS_PER_LOOK))
         ),
         "head": costs.head_bytes(shape, max(batch.labels, selection.labels)),
     }
@@ -298,26 +319,30 @@ def _step_bytes(setting: Setting) -> int:
         kept = len(layers) * costs.kept_bytes(shape, tokens)
     if setting.residency == "streamed":
         kept = costs.kept_bytes(shape, tokens) + costs.states_bytes(shape, len(layers) * tokens)
-    return kept + costs.states_bytes(shape, 4 * tokens)
+    return kept + costs.forward_bytes(shape, tokens)
 
 
 def evaluating(setting: Setting) -> Draft:
-    """The test part, before and after, with and without the targets masked: passes from the start layer on."""
+    """The test part, before and after, with and without the targets masked: once up to the start layer, and from there
+    on each time."""
     shape, test = setting.shape, setting.tokens.test
     stages = MASKED_STAGES if setting.targets.layers else STAGES
+    times = passes(test.tokens, costs.TOKENS_PER_LOOK)
     work = Work()
-    work.layers(shape, range(len(shape.layers)), stages * test.tokens, stages * costs.passes(test.tokens))
+    below = range(setting.start)
+    work.layers(shape, below, test.tokens, passes(test.tokens, costs.TOKENS_PER_PASS))
+    work.layers(shape, setting.suffix, stages * test.tokens, stages * times)
     work.head_flops += stages * test.labels * shape.head_flops
     if setting.residency != "whole":
-        below = shape.layer_bytes(range(setting.start))
+        work.read += shape.layer_bytes(below)
+    if setting.residency == "streamed":
         others = [layer for layer in setting.suffix if layer not in setting.targets.layers]
-        above = shape.layer_bytes(others) if setting.residency == "streamed" else 0
-        work.read += stages * (below + above)
+        work.read += stages * shape.layer_bytes(others)
     memory = setting.base_memory(training=True) | {
         "constants": _constants_bytes(setting),
-        "trained": _trained_bytes(setting) * 5 // 9,
-        "states": costs.states_bytes(shape, test.tokens),
-        "activations": costs.forward_bytes(shape, min(test.tokens, costs.TOKENS_PER_PASS)),
+        "trained": _trained_bytes(setting) * 5 // 12,
+        "states": costs.in_memory(costs.states_bytes(shape, test.tokens)),
+        "activations": costs.forward_bytes(shape, min(test.tokens, costs.TOKENS_PER_LOOK)),
         "head": costs.head_bytes(shape, test.labels),
     }
     return Draft("evaluating", work, memory)
@@ -336,6 +361,6 @@ def publishing(setting: Setting) -> Draft:
     work = Work(read=2 * size, first=2 * size, written=size + changed)
     memory = setting.base_memory(training=True) | {
         "constants": _constants_bytes(setting),
-        "trained": _trained_bytes(setting) * 5 // 9,
+        "trained": _trained_bytes(setting) * 5 // 12,
     }
     return Draft("publishing", work, memory)

@@ -22,7 +22,7 @@ UNIT = Calibration(
 def shape(layers: int = 4, layer_bytes: int = 1_000_000_000, **changed: object) -> ModelShape:
     """Equal sparse layers of 1 GB, each in a shard of its own; 16 experts, 2 a token; H = 100, I = 10, V = 1000."""
     fields: dict[str, object] = {
-        "layers": tuple(LayerShape(layer_bytes, 4000, (f"shard-{i}",)) for i in range(layers)),
+        "layers": tuple(LayerShape(layer_bytes, 4000, 400, (f"shard-{i}",)) for i in range(layers)),
         "moe_layers": tuple(range(layers)),
         "outside_bytes": 100_000_000,
         "expert": 3000,
