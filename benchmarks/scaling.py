@@ -21,8 +21,8 @@ import torch
 from benchmarks.figures import Figures
 from benchmarks.measure import PeakMemory, exponent, timed
 from benchmarks.ours import Ours
-from benchmarks.setting import LENGTH, Objective, Setting, encoded, method_of, training_data
-from benchmarks.shapes import SHAPES, TARGET_EXPERT
+from benchmarks.setting import LENGTH, Objective, Setting, Targets, encoded, method_of, training_data
+from benchmarks.shapes import SHAPES
 from seuf_core.attribution.scores import score_experts
 from seuf_core.checkpoint.index import read_index
 from seuf_core.checkpoint.reader import TORCH_DTYPES
@@ -88,7 +88,7 @@ def _axis(setting: Setting, figures: Figures, axis: str, sizes: tuple[int, ...],
         _checkpoint(setting, point)
     for _ in range(min(REPEATS, setting.rounds)):
         for size, point in points.items():
-            found[size].append(setting.apart(MEASURES[what], setting, point))
+            found[size].append(setting.apart(MEASURES[what], setting, point, _target(setting, what, point)))
     for place, unit in enumerate(("seconds", "bytes")):
         values = [max(1e-9, median(one[place] for one in found[size])) for size in sizes]
         prefix = f"scaling/{axis}/{what}"
@@ -117,29 +117,33 @@ def _checkpoint(setting: Setting, point: Point) -> Path:
     return setting.checkpoint(SHAPE, num_hidden_layers=point.layers, num_experts=point.experts)
 
 
-def _step(setting: Setting, point: Point, objective: Objective, layer: int) -> tuple[float, int]:
+def _target(setting: Setting, what: str, point: Point) -> Targets:
+    """For RMU in the last layer but one: if depth cost anything, there it would. For NPO in the first: the longest
+    suffix there is."""
+    return setting.target(SHAPE, 0 if what == "npo_step" else point.layers - 2, _checkpoint(setting, point))
+
+
+def _step(setting: Setting, point: Point, objective: Objective, targets: Targets) -> tuple[float, int]:
     data = training_data(setting.vocabulary(SHAPE), point.examples, point.length)
-    folder, method = _checkpoint(setting, point), method_of(objective)
+    folder, method, (layer, *_) = _checkpoint(setting, point), method_of(objective), targets
     with PeakMemory() as peak:
         view, _ = load(folder, hold=())
         view.weights.hold((layer,) if objective == "rmu" else range(layer, view.num_layers))
-        ours = Ours(view, method, data, {layer: (TARGET_EXPERT,)})
+        ours = Ours(view, method, data, targets)
         with ours.attached():
             seconds = [timed(lambda number=number: ours.step(number))[0] for number in range(WARM_UP + STEPS)]  # type: ignore[misc]
     return median(seconds[WARM_UP:]), peak.anonymous - peak.before
 
 
-def _rmu_step(setting: Setting, point: Point) -> tuple[float, int]:
-    """Of the last layer but one: if depth cost anything, here it would."""
-    return _step(setting, point, "rmu", point.layers - 2)
+def _rmu_step(setting: Setting, point: Point, targets: Targets) -> tuple[float, int]:
+    return _step(setting, point, "rmu", targets)
 
 
-def _npo_step(setting: Setting, point: Point) -> tuple[float, int]:
-    """Of the first layer: the longest suffix there is."""
-    return _step(setting, point, "npo", 0)
+def _npo_step(setting: Setting, point: Point, targets: Targets) -> tuple[float, int]:
+    return _step(setting, point, "npo", targets)
 
 
-def _attribution(setting: Setting, point: Point) -> tuple[float, int]:
+def _attribution(setting: Setting, point: Point, _targets: Targets) -> tuple[float, int]:
     rows = encoded(setting.vocabulary(SHAPE), point.examples, point.length, seed=3)
     folder, method = _checkpoint(setting, point), method_of("npo")
     with PeakMemory() as peak:
@@ -147,9 +151,10 @@ def _attribution(setting: Setting, point: Point) -> tuple[float, int]:
     return seconds, peak.anonymous - peak.before
 
 
-def _writing(setting: Setting, point: Point) -> tuple[float, int]:
+def _writing(setting: Setting, point: Point, targets: Targets) -> tuple[float, int]:
     folder = _checkpoint(setting, point)
-    index, names = read_index(folder), family_of("olmoe").expert_names(point.layers - 2, TARGET_EXPERT)
+    ((layer, (expert,)),) = targets.items()
+    index, names = read_index(folder), family_of("olmoe").expert_names(layer, expert)
     changed: dict[str, torch.Tensor] = {}
     for name in (name for parts in names.values() for name in parts):
         record = index.record(name)

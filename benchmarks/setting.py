@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final, Literal, ParamSpec, TypeVar
 
@@ -14,12 +15,15 @@ import torch
 
 from benchmarks.measure import TURN_SECONDS, Variant, in_process, interleaved
 from benchmarks.shapes import SHAPES, TINY_LAYERS, tiny_fields, write_shape
+from seuf_core.attribution.scores import score_experts
 from seuf_core.data.batches import Encoded
+from seuf_core.job import load
 from seuf_core.method import Method
 from seuf_core.unlearning.terms import TrainingData
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Targets = dict[int, tuple[int, ...]]
 Size = Literal["full", "small"]
 Objective = Literal["rmu", "npo", "gradient_difference"]
 Router = Literal["freeze", "train"]
@@ -70,6 +74,13 @@ class Setting:
         """Of the weights."""
         return SHAPES[name].dtype
 
+    def target(self, name: str, layer: int, folder: Path | None = None) -> Targets:
+        """The expert of a layer that most tokens of `training_data` are sent to, as {layer: (expert,)}.
+
+        What attribution chooses is used a lot; in a model of random weights some experts see no token at all.
+        """
+        return {layer: (_busiest(folder or self.checkpoint(name), self.vocabulary(name))[layer],)}
+
     def vocabulary(self, name: str) -> int:
         """Token ids of a shape."""
         fields = tiny_fields(name) if self.size == "small" else SHAPES[name].fields
@@ -92,6 +103,14 @@ def method_of(objective: Objective, *, router: Router = "freeze", steps: int = 1
         batch_size=BATCH_SIZE,
         max_length=LENGTH,
     )
+
+
+@lru_cache
+def _busiest(folder: Path, vocab_size: int) -> dict[int, int]:
+    view, _ = load(folder, hold=())
+    rows = training_data(vocab_size).forget
+    scored = score_experts(view, rows, [], method_of("npo").model_copy(update={"attribution": "token_share"}))
+    return dict(zip(view.layer_indices, scored.matrix.argmax(dim=1).tolist(), strict=True))
 
 
 def texts(vocab_size: int, number: int, length: int, seed: int) -> list[list[int]]:

@@ -34,8 +34,7 @@ SHARD_BYTES: Final = 5_000_000_000  # as published models have them
 POOL: Final = 33_554_393
 SMALL_POOL: Final = 1_048_573  # of a model that has no more weights than that; a prime too
 STANDARD_DEVIATION: Final = 0.02
-TARGET_EXPERT: Final = 3  # the one that the benchmarks train
-FAVOUR: Final = 4.0  # times its router row where it is favoured: it then wins nearly every other token
+SHARPER: Final = 4.0  # times the weights of the other routers
 _NAMES: Final = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -156,7 +155,7 @@ def write_shape(
     *,
     seed: int = 0,
     shard_bytes: int = SHARD_BYTES,
-    favoured_layer: int | None = None,
+    sharp_layer: int | None = None,
     **changed: Any,
 ) -> Path:
     """Write a checkpoint of shape `name` into `folder` (created) and return the folder.
@@ -165,8 +164,8 @@ def write_shape(
     (67 MB in bf16) and the largest tensor.
 
     Args:
-        favoured_layer: where the router prefers expert TARGET_EXPERT, so that it has the highest affinity of the model
-            and a job trains it.
+        sharp_layer: a decoder layer whose router is surer than the others, so that the experts with the highest
+            affinity are there, and a job trains one of them.
         changed: config fields that differ from the shape's, such as num_hidden_layers.
     """
     shape = SHAPES[name]
@@ -174,8 +173,8 @@ def write_shape(
     view = meta_view(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in all_tensors(view).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    favoured = "" if favoured_layer is None else view.family.router_names(favoured_layer)["weight"]
-    _write_shards(folder, shapes, shape.dtype, seed, shard_bytes, favoured)
+    sharp = "" if sharp_layer is None else view.family.router_names(sharp_layer)["weight"]
+    _write_shards(folder, shapes, shape.dtype, seed, shard_bytes, sharp)
     config.architectures = [type(view.model).__name__]
     config.save_pretrained(folder)
     tokenizer(config.vocab_size).save_pretrained(folder)
@@ -203,7 +202,7 @@ def _write_shards(
     dtype: torch.dtype,
     seed: int,
     shard_bytes: int,
-    favoured: str,
+    sharp: str,
 ) -> None:
     shards = _shards(shapes, dtype.itemsize, shard_bytes)
     size = sum(map(math.prod, shapes.values()))
@@ -219,7 +218,7 @@ def _write_shards(
             out.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 for part in _values(name, math.prod(shapes[name]), pool, places.randrange(len(pool))):
-                    part = _favouring(part.view(shapes[name])) if name == favoured else part
+                    part = part * SHARPER if name == sharp else part
                     out.write(part.view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -254,16 +253,8 @@ def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _favouring(router: torch.Tensor) -> torch.Tensor:
-    router = router.clone()
-    router[TARGET_EXPERT] *= FAVOUR
-    return router
-
-
 def _values(name: str, count: int, pool: torch.Tensor, start: int) -> Iterator[torch.Tensor]:
     """The `count` values of a tensor, in pieces: norms 1, biases 0, else the pool from `start` on, round and round."""
-    if start + count > len(pool) and count <= len(pool):
-        start = 0  # only what is larger than the pool comes in several pieces
     if name.endswith("norm.weight") or name.endswith(".bias"):
         yield torch.full((count,), float(name.endswith("norm.weight")), dtype=pool.dtype)
         return

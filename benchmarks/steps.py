@@ -35,7 +35,6 @@ from benchmarks.setting import (
     method_of,
     training_data,
 )
-from benchmarks.shapes import TARGET_EXPERT
 from seuf_core.data.batches import batch_indices
 from seuf_core.job import load
 from seuf_core.method import Method
@@ -83,7 +82,8 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
         for objective, way in product(get_args(Objective), ("ours", "n1", "n0")):
             name = f"memory/{shape}/{objective}/{way}"
             if name not in figures and _fits(setting, shape, way):
-                peak = setting.apart(_memory, setting, shape, objective, way)
+                targets = setting.target(shape, setting.layers(shape)["middle"])
+                peak = setting.apart(_memory, setting, shape, objective, way, targets)
                 figures.add(name, peak, "bytes")
                 save()
 
@@ -128,7 +128,7 @@ def _cell(
 ) -> None:
     method = method_of(objective, router=router)
     data = training_data(setting.vocabulary(shape))
-    targets: Targets = {setting.layers(shape)[place]: (TARGET_EXPERT,)}
+    targets = setting.target(shape, setting.layers(shape)[place])
     prefix = f"steps/{shape}/{objective}/{place}/{router}"
     base = _target_rows(models.view, targets)
     prepare, ours = timed(lambda: Ours(models.view, method, data, targets))
@@ -217,11 +217,10 @@ def _compared(
     return difference
 
 
-def _memory(setting: Setting, shape: str, objective: Objective, way: str) -> int:
+def _memory(setting: Setting, shape: str, objective: Objective, way: str, targets: Targets) -> int:
     """Peak anonymous memory of a process that trains the middle layer for a few steps; on a GPU, of its memory."""
     folder, method = setting.checkpoint(shape), method_of(objective)
-    layer, data = setting.layers(shape)["middle"], training_data(setting.vocabulary(shape))
-    targets: Targets = {layer: (TARGET_EXPERT,)}
+    data, (layer, *_) = training_data(setting.vocabulary(shape)), targets
     with PeakMemory() as peak:
         if way == "ours":
             view, _ = load(folder, hold=())

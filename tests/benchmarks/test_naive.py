@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.naive import Naive
 from benchmarks.setting import Objective, method_of, training_data
-from benchmarks.shapes import TARGET_EXPERT, tiny_fields, write_shape
+from benchmarks.shapes import tiny_fields, write_shape
 from seuf_core.method import Method
 from seuf_core.moe.view import moe_view
 from seuf_core.unlearning import losses
 from seuf_core.unlearning.terms import TrainingData
 
-LAYER, RATE = 2, 1e-3
+LAYER, TARGET_EXPERT, RATE = 2, 3, 1e-3
 FORGET, RETAIN = [5, 1, 7, 2], [3, 0, 4, 6]
 
 
