@@ -35,10 +35,22 @@ def test_every_method_from_upload_to_download(client, tenant, tiny_model, sets, 
     model = client.register_model("tiny", tiny_model)
     assert client.model("tiny") == model
     assert client.models()["data"] == [model]
+    retain = [json.loads(line) for line in lines_of("retain")]
+    planned = client.estimate(
+        "tiny",
+        files["forget"]["id"],
+        retain_set=retain,
+        evaluation_set=files["evaluation"]["id"],
+        method={"steps": 3},
+    )
+    assert (planned["object"], planned["seconds"]) == ("estimate", None)
+    assert planned.keys() == types.Estimate.__annotations__.keys()
+    assert planned["phases"][0].keys() == types.PlannedPhase.__annotations__.keys()
+    assert client.jobs()["data"] == []
     job = client.submit(
         "tiny",
         files["forget"]["id"],
-        retain_set=[json.loads(line) for line in lines_of("retain")],
+        retain_set=retain,
         evaluation_set=files["evaluation"]["id"],
         method={"steps": 3},
         metadata={"ticket": "1"},
