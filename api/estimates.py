@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
@@ -49,7 +49,7 @@ class PlannedPhase(BaseModel):
 class Estimate(BaseModel):
     """What a job would read, hold, compute and write; sizes in bytes. Nothing was created."""
 
-    object: str = "estimate"
+    object: Literal["estimate"] = "estimate"
     device: str = Field(examples=["cpu"])
     device_why: str
     residency: str = Field(

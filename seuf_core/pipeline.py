@@ -32,7 +32,7 @@ from seuf_core.moe.disk import round_to_disk
 from seuf_core.moe.routing import can_mask, experts_masked
 from seuf_core.observer import Observer, Silent
 from seuf_core.passes import open_test_pass
-from seuf_core.plan.measure import Recorder, anonymous_bytes, compare
+from seuf_core.plan.measure import Recorder, compare
 from seuf_core.planning import Planning, device_peak
 from seuf_core.search import Found, search
 from seuf_core.unlearning.scopes import assign
@@ -140,10 +140,9 @@ def unlearn(
     with Recorder(device_peak) as recorder:
         recorder.phase("validating")
         inputs = read_inputs(model, forget, retain, evaluation, method, observer)
-        baseline = anonymous_bytes()
         job = open_job(model, inputs, method, observer, "suffix")
         recorder.phase("planning")
-        planning = Planning.of(job, memory, work, baseline)
+        planning = Planning.of(job, memory, work)
         recorder.phase("attributing")
         job, plan = planning.before(job)
         observer.event("plan", {"plan": plan.as_dict()})

@@ -28,17 +28,17 @@ class Planning:
     calibration: Calibration
 
     @classmethod
-    def of(cls, job: Job, memory: int | str | None, work: Path, baseline: int) -> Planning:
+    def of(cls, job: Job, memory: int | str | None, work: Path) -> Planning:
         """Count and calibrate; see seuf_core.plan.calibrate.calibrate for what that costs.
 
         Args:
             memory: what the job may use; None = SEUF_MEMORY, else what is free.
-            baseline: anonymous memory before the model was opened.
+            job: opened without layers.
         """
         # What is free is looked at before the calibration takes its part of it.
         on = machine(memory, accelerators())
         shape = model_shape(job.folder)
-        return cls(shape, tokens_of(job), on, calibrate(job.view, job.folder, shape, work, baseline))
+        return cls(shape, tokens_of(job), on, calibrate(job.view, job.folder, shape, work))
 
     def before(self, job: Job) -> tuple[Job, Plan]:
         """The plan while nobody knows what will be trained, and the job with its weights kept accordingly."""

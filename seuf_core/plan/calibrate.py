@@ -19,7 +19,7 @@ from seuf_core.moe.passes import Flow, Route, embed, run_layer, tail
 from seuf_core.moe.skeleton import open_model
 from seuf_core.moe.view import MoEView
 from seuf_core.plan.facts import USABLE, Calibration, ModelShape, model_shape
-from seuf_core.plan.measure import anonymous_bytes, io_counters
+from seuf_core.plan.measure import anonymous_bytes, give_back, io_counters
 
 # Tokens of the two passes through a layer: what both cost is its own, what the larger costs more is its tokens'.
 FEW, MANY = 32, 256
@@ -33,16 +33,16 @@ WRITE_BYTES = 32 << 20
 REPEATS, REPEAT_SECONDS = 3, 0.3
 
 
-def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path, baseline: int) -> Calibration:
+def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path) -> Calibration:
     """Measure a machine on a model.
 
     Memory: one layer and the activations of 256 tokens in it, forward and backward.
 
     Args:
-        view: of the model, on the device that will be used; any of its layers may be loaded.
+        view: of the model, on the device that will be used. Afterwards it holds no layer: what the process has beside
+            the embeddings is then its own, libraries warmed up.
         folder: of the model; at most 256 MB of it are read, spread over all layers.
         work: where a file of at most 32 MB is written and deleted.
-        baseline: anonymous memory before the model was opened (measure.anonymous_bytes).
     """
     read_rate, cached = _read_rate(folder)
     layer = _layer(view)
@@ -51,6 +51,8 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path, baseli
     with view.weights.loaded(layer):
         forward = [_seconds(_forward(view, layer, n)) for n in (FEW, MANY)]
         both = [_seconds(_both_ways(view, layer, n)) for n in (FEW, MANY)]
+    head_seconds, step_rate = _head_seconds(view, shape.width), _step_rate(shape, view.model.device)
+    view.weights.hold(())
     layer_seconds, layer_rate = _line(forward, flops)
     backward_seconds, backward_rate = _line(both, 2 * flops)
     return Calibration(
@@ -58,12 +60,12 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path, baseli
         layer_seconds=layer_seconds,
         backward_rate=backward_rate,
         backward_seconds=backward_seconds,
-        head_rate=POSITIONS * shape.head_flops / _head_seconds(view, shape.width),
-        step_rate=_step_rate(max(shape.expert, 1 << 16), view.model.device),
+        head_rate=POSITIONS * shape.head_flops / head_seconds,
+        step_rate=step_rate,
         read_rate=read_rate,
         write_rate=_write_rate(work, min(WRITE_BYTES, shape.bytes)),
         cached=cached,
-        baseline_bytes=baseline or anonymous_bytes(),
+        baseline_bytes=_own_bytes(view, shape),
         device=str(view.model.device),
     )
 
@@ -142,8 +144,16 @@ def _head_seconds(view: MoEView, width: int) -> float:
     return _seconds(run)
 
 
-def _step_rate(elements: int, device: torch.device) -> float:
-    leaf = torch.nn.Parameter(torch.ones(min(elements, 1 << 22), device=device))
+def _own_bytes(view: MoEView, shape: ModelShape) -> int:
+    """Anonymous memory without the model: libraries, their buffers, the texts."""
+    give_back()
+    on_host = shape.outside_bytes if view.model.device.type == "cpu" else 0
+    return max(0, anonymous_bytes() - on_host)
+
+
+def _step_rate(shape: ModelShape, device: torch.device) -> float:
+    elements = min(max(shape.expert, 1 << 16), 1 << 22)
+    leaf = torch.nn.Parameter(torch.ones(elements, device=device))
     leaf.grad = torch.ones_like(leaf)
     optimizer = torch.optim.AdamW([leaf], lr=1e-4, weight_decay=0.0)
 
@@ -187,9 +197,8 @@ def calibrate_model(folder: Path, device: torch.device | str | None = None) -> C
     Raises:
         ModelError: as `seuf_core.moe.skeleton.open_model` does.
     """
-    baseline = anonymous_bytes()
     view = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return calibrate(view, folder, model_shape(folder), Path(tempfile.gettempdir()), baseline)
+    return calibrate(view, folder, model_shape(folder), Path(tempfile.gettempdir()))
 
 
 def accelerators() -> dict[str, int]:

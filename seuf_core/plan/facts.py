@@ -242,7 +242,7 @@ class Calibration:
         however few tokens go through (its weights pass the processor once). backward_rate, backward_seconds: the
         same of a forward and backward pass together, by activations only. head_rate: FLOP/s of the output head.
     read_rate, write_rate: bytes/s of files; cached: whether what was read lay in the page cache already.
-    step_rate: elements that the optimiser moves a second. baseline_bytes: anonymous memory of the process before
+    step_rate: elements that the optimiser moves a second. baseline_bytes: anonymous memory of the process without
     the model.
     device: where the rates were measured.
     """

@@ -23,6 +23,7 @@ SAMPLE_SECONDS = 0.02
 class Measured:
     """One phase as it went.
 
+    cpu_seconds: of all threads; on a machine that has other work it says what the phase would have taken alone.
     bytes_read, bytes_written: through system calls, from the page cache too. from_disk: of these, what was fetched from
     storage. peak_bytes: of anonymous memory, looked at every 20 ms. device_bytes: the most that was allocated on an
     accelerator; None on a CPU.
@@ -30,6 +31,7 @@ class Measured:
 
     name: str
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     bytes_read: int = 0
     from_disk: int = 0
     bytes_written: int = 0
@@ -74,7 +76,7 @@ class Recorder:
         self._device_peak = device_peak
         self._done: list[Measured] = []
         self._now: Measured | None = None
-        self._began: tuple[float, dict[str, int]] = (0.0, {})
+        self._began: tuple[float, float, dict[str, int]] = (0.0, 0.0, {})
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="seuf-recorder", daemon=True)
 
@@ -96,7 +98,7 @@ class Recorder:
         """
         self._close()
         give_back()
-        self._began = time.monotonic(), io_counters()
+        self._began = time.monotonic(), time.process_time(), io_counters()
         self._now = Measured(name, peak_bytes=anonymous_bytes())
 
     @property
@@ -108,9 +110,10 @@ class Recorder:
         phase, self._now = self._now, None
         if phase is None:
             return
-        since, before = self._began
+        since, cpu, before = self._began
         after = io_counters()
         phase.seconds = round(time.monotonic() - since, 3)
+        phase.cpu_seconds = round(time.process_time() - cpu, 3)
         phase.bytes_read = after.get("rchar", 0) - before.get("rchar", 0)
         phase.from_disk = after.get("read_bytes", 0) - before.get("read_bytes", 0)
         phase.bytes_written = after.get("wchar", 0) - before.get("wchar", 0)
@@ -184,6 +187,7 @@ def compare(plan: Plan, actual: Actual) -> Comparison:
                 "actual_peak": max(phase.peak_bytes for phase in went),
                 "planned_seconds": round(sum(known), 3) if len(known) == len(parts) else None,
                 "actual_seconds": round(sum(phase.seconds for phase in went), 3),
+                "cpu_seconds": round(sum(phase.cpu_seconds for phase in went), 3),
                 "planned_read": sum(part.bytes_read for part in parts),
                 "actual_read": sum(phase.bytes_read for phase in went),
                 "planned_written": sum(part.bytes_written for part in parts),

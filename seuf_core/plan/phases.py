@@ -267,6 +267,9 @@ def unlearning(setting: Setting) -> Draft:
     work.both_ways(shape, above, batch.tokens, pieces, method.steps)
     work.starts = method.steps if setting.targets.layers else 0
     work.backward_flops += 3 * 2 * work.starts * int(setting.seen * batch.tokens) * shape.expert
+    if setting.method.trains_router and work.starts:
+        # What is kept of frozen experts is kept when it is first asked for.
+        work.layers(shape, layers[:1], method.steps * batch.tokens, method.steps)
     if recomputed:
         work.layers(shape, above, method.steps * batch.tokens, method.steps * pieces)
     looks = -(-method.steps // method.evaluate_every) + 1

@@ -90,6 +90,8 @@ def test_every_method_from_upload_to_download(client, tenant, tiny_model, sets, 
         ("Checkpoint", types.Checkpoint),
         ("CheckpointFile", types.CheckpointFile),
         ("JobCreate", types.Submit),
+        ("Estimate", types.Estimate),
+        ("PlannedPhase", types.PlannedPhase),
     ],
 )
 def test_the_typed_answers_are_those_of_the_api(tenant, schema, shape):

@@ -69,7 +69,7 @@ def test_a_plan_beside_what_happened() -> None:
     plan = make_plan(shape(), tokens(), NPO, with_memory(10**12), calibration=UNIT, targets=Targets((2,), 1))
     planned = {phase.name: phase for phase in plan.phases}
     went = [
-        Measured("validating", 99.0, 0, 0, 0, 10**12),  # not planned, not compared
+        Measured("validating", 99.0, peak_bytes=10**12),  # not planned, not compared
         *(
             Measured(name, 2 * (planned[name].seconds or 0), peak_bytes=plan.peak_bytes // 2)
             for name in ("attributing", "unlearning", "evaluating", "publishing")

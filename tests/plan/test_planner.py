@@ -131,7 +131,9 @@ def test_more_tokens_never_need_less(name: str, memory: int) -> None:
 
 def test_a_micro_batch_is_halved_before_weights_are_read_anew() -> None:
     """The whole batch is 80 padded tokens; with 40, half as many activations are kept."""
-    wide = replace(shape(), width=100_000, layers=tuple(LayerShape(10**6, 4000, 400, ("s",)) for _ in range(4)))
+    wide = replace(
+        shape(), width=100_000, layers=tuple(LayerShape(10**6, 4000, 400, ("s",)) for _ in range(4))
+    )
     wide = replace(wide, shards={"s": 4 * 10**6}, outside_bytes=10)
 
     one = TokenCounts.of([(10, 5)])
