@@ -34,6 +34,9 @@ SHARD_BYTES: Final = 5_000_000_000  # as published models have them
 POOL: Final = 33_554_393
 SMALL_POOL: Final = 1_048_573  # of a model that has no more weights than that; a prime too
 STANDARD_DEVIATION: Final = 0.02
+# Times the other weights: what a token is outweighs what attention takes from its neighbours, which in a model of
+# random weights would otherwise send all tokens of a text to the same experts.
+EMBEDDING: Final = 50.0
 SHARPER: Final = 4.0  # times the weights of the other routers
 _NAMES: Final = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -160,8 +163,8 @@ def write_shape(
 ) -> Path:
     """Write a checkpoint of shape `name` into `folder` (created) and return the folder.
 
-    Weights are normal with a standard deviation of .02, norms 1 and biases 0. Memory: the pool of random numbers
-    (67 MB in bf16) and the largest tensor.
+    Weights are normal with a standard deviation of .02, those of embeddings 1; norms are 1, biases 0. Memory: the pool
+    of random numbers (134 MB, in bf16 half of that at the end) and, of an embedding, a piece as large.
 
     Args:
         sharp_layer: a decoder layer whose router is surer than the others, so that the experts with the highest
@@ -173,8 +176,10 @@ def write_shape(
     view = meta_view(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in all_tensors(view).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    sharp = "" if sharp_layer is None else view.family.router_names(sharp_layer)["weight"]
-    _write_shards(folder, shapes, shape.dtype, seed, shard_bytes, sharp)
+    scales = {name: EMBEDDING for name in shapes if name.endswith("embed_tokens.weight")}
+    if sharp_layer is not None:
+        scales[view.family.router_names(sharp_layer)["weight"]] = SHARPER
+    _write_shards(folder, shapes, shape.dtype, seed, shard_bytes, scales)
     config.architectures = [type(view.model).__name__]
     config.save_pretrained(folder)
     tokenizer(config.vocab_size).save_pretrained(folder)
@@ -202,7 +207,7 @@ def _write_shards(
     dtype: torch.dtype,
     seed: int,
     shard_bytes: int,
-    sharp: str,
+    scales: dict[str, float],
 ) -> None:
     shards = _shards(shapes, dtype.itemsize, shard_bytes)
     size = sum(map(math.prod, shapes.values()))
@@ -218,7 +223,7 @@ def _write_shards(
             out.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 for part in _values(name, math.prod(shapes[name]), pool, places.randrange(len(pool))):
-                    part = part * SHARPER if name == sharp else part
+                    part = part * scales[name] if name in scales else part
                     out.write(part.view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
