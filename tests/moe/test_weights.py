@@ -71,6 +71,7 @@ def test_blocks_nest_of_the_same_layer_and_of_others() -> None:
         assert 1 in layers.there
         with layers.weights.loaded(0):
             assert layers.there == [0, 1]
+    assert layers.there == [1]
     assert layers.read == [1, 3, 0]
 
 
