@@ -24,7 +24,7 @@ MEMORY, SECONDS = 0.2, 1.5
 class Case:
     """One job: a shape, a loss, how many texts of how many tokens, and the memory it may use ("" = what is free).
 
-    seed: of the score `random`, which chooses the expert and with it the layer.
+    seed: of the split and the batches, and so of what is forgotten and which expert serves it.
     """
 
     shape: str
@@ -56,9 +56,9 @@ CASES: Final[tuple[Case, ...]] = (
 
 
 def method_for(case: Case) -> Method:
-    """The method of a case: one run of fixed strength that trains one expert, which a seed chooses."""
+    """The method of a case: one run of fixed strength that trains one expert."""
     changed = {
-        "attribution": "random",
+        "attribution": "affinity",
         "seed": case.seed,
         "batch_size": case.batch_size,
         "max_length": case.length,

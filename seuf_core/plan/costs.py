@@ -25,6 +25,9 @@ HEAD_CHUNK = 128
 # dense matrices; and the same of what is kept for the backward pass (within 7 % of what autograd saves of OLMoE in
 # fp32 and of Qwen2-MoE in bf16).
 FORWARD_STATES, KEPT_STATES = 4, 5
+# What the heap holds of a step's activations, in their own size: pieces that are freed out of order stay. Fitted on
+# jobs of 1,024 tokens a step (benchmarks/plan.py).
+STEP_SLACK = 1.8
 # Seconds of a step beside its layers: constants gathered, leaves cast, the loss and its bookkeeping.
 START_SECONDS = 0.01
 # Bytes of a position's logits beside the logits themselves: fp32 copy, softmax, gradient in fp32.

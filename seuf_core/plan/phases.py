@@ -311,7 +311,7 @@ def _trained_bytes(setting: Setting) -> int:
 
 
 def _step_bytes(setting: Setting) -> int:
-    """Activations of one micro-batch, forward and backward."""
+    """Activations of one micro-batch, forward and backward, and what the heap holds of them (STEP_SLACK)."""
     shape, tokens = setting.shape, min(setting.micro, setting.batch.tokens)
     layers = setting.steps_layers
     if setting.targets.layers and setting.method.router == "freeze":
@@ -322,7 +322,7 @@ def _step_bytes(setting: Setting) -> int:
         kept = len(layers) * costs.kept_bytes(shape, tokens)
     if setting.residency == "streamed":
         kept = costs.kept_bytes(shape, tokens) + costs.states_bytes(shape, len(layers) * tokens)
-    return kept + costs.forward_bytes(shape, tokens)
+    return int(costs.STEP_SLACK * (kept + costs.forward_bytes(shape, tokens)))
 
 
 def evaluating(setting: Setting) -> Draft:
