@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
-
 from seuf_core.method import Method
 from seuf_core.moe.constants import FrozenRouter, TrainedRouter, keep_all
 from seuf_core.moe.forward import Forward
@@ -35,7 +33,7 @@ class Ours:
         self._run = _run(view, method, data, targets)
         self.leaves = self._run.trainable.named_parameters()
         (rate,) = method.rates(1.0)
-        self._optimizer = torch.optim.AdamW(self.leaves.values(), lr=rate, weight_decay=0.0, fused=True)
+        self._optimizer = loop.optimizer_of(self._run, rate)
 
     def attached(self) -> AbstractContextManager[None]:
         """Inside the block the model computes with the trained parameters."""
@@ -43,7 +41,7 @@ class Ours:
 
     def step(self, number: int) -> Terms:
         """Optimiser step `number` of the job, inside `attached`."""
-        terms = loop._step(self._run, self._optimizer, number)
+        terms = loop.take_step(self._run, self._optimizer, number)
         assert terms is not None  # the loss is a number
         return terms
 

@@ -71,9 +71,7 @@ def train_rung(run: Run, rung: int, learning_rate: float) -> RungResult:
         Cancelled: when the observer asks for it, after a training checkpoint.
     """
     leaves = run.trainable.named_parameters()
-    # Weight decay moves weights that have no gradient, so it is 0 (docs/explanation/method.md).
-    # fused: one pass over weight, gradient and moments instead of a dozen.
-    optimizer = torch.optim.AdamW(leaves.values(), lr=learning_rate, weight_decay=0.0, fused=True)
+    optimizer = optimizer_of(run, learning_rate)
     path = run.work / f"rung-{rung}.safetensors"
     fingerprint = f"{run.fingerprint}/{learning_rate!r}"
     state = TrainingState.load(path, fingerprint) or _start(run)
@@ -82,7 +80,7 @@ def train_rung(run: Run, rung: int, learning_rate: float) -> RungResult:
     run.objective.load_state(state.objective)
     with run.trainable.attached():
         while not state.finished:
-            terms = _step(run, optimizer, state.step)
+            terms = take_step(run, optimizer, state.step)
             state.step += 1
             if terms is None:
                 _diverged(run, rung, learning_rate, state)
@@ -115,8 +113,16 @@ def _best(looks: tuple[Look, ...], method: Method) -> Look:
     return chosen if chosen is not None else looks[0]
 
 
-def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None:
-    """One optimiser step; None, and nothing moved, when the loss is not a finite number.
+def optimizer_of(run: Run, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over what is trained, at a constant rate."""
+    leaves = run.trainable.named_parameters().values()
+    # Weight decay moves weights that have no gradient, so it is 0 (docs/explanation/method.md).
+    # fused: one pass over weight, gradient and moments instead of a dozen.
+    return torch.optim.AdamW(leaves, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+def take_step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None:
+    """One optimiser step, inside `attached`; None, and nothing moved, when the loss is not a finite number.
 
     Raises:
         MethodError: `out_of_memory`, see `within_memory`.
@@ -124,7 +130,7 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None
     method, (num_forget, num_retain) = run.method, run.sizes
     forget = batch_indices(num_forget, method.batch_size, method.seed, step)
     retain = batch_indices(num_retain, method.batch_size, method.seed + 1, step) if num_retain else []
-    learnt = run.objective.state()
+    learnt, leaves = run.objective.state(), run.trainable.named_parameters().values()
 
     def differentiate() -> Terms | None:
         run.objective.load_state(learnt)  # a pass that ran out of memory may have taken its step already
@@ -133,7 +139,11 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> Terms | None
         loss = terms.total(method)
         if not bool(loss.isfinite()):
             return None
-        loss.backward()
+        if loss.requires_grad:  # not where no token of the batch goes to a target
+            loss.backward()
+        for leaf in leaves:
+            # Nothing reached it. AdamW would skip it, but of a gradient of 0 its averages still move it.
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         return terms
 
     terms = within_memory(differentiate, lambda: run.objective.halve(forget, retain), method.max_length)

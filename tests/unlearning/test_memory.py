@@ -61,7 +61,7 @@ def step(run: Run) -> tuple[loop.Terms | None, Values]:
     """One step, and the gradients it took."""
     leaves = run.trainable.named_parameters()
     with run.trainable.attached():
-        terms = loop._step(run, torch.optim.SGD(leaves.values(), lr=1e-3), 0)
+        terms = loop.take_step(run, torch.optim.SGD(leaves.values(), lr=1e-3), 0)
     return terms, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
