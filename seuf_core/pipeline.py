@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from seuf_core.attribution.scores import score_experts
-from seuf_core.attribution.selection import Selection, by_layer, coverage, first_choice, selections
+from seuf_core.attribution.selection import Selection, coverage, first_choice, selections
 from seuf_core.attribution.stability import Stability, stability
 from seuf_core.attribution.statistics import RoutingStatistics
 from seuf_core.checkpoint.copying import Share
@@ -149,8 +149,8 @@ def unlearn(
         attributed = attribute(job) if method.selects_experts else None
         recorder.phase("unlearning")
         candidates = attributed.candidates if attributed else ((),)
-        job, plan = planning.for_targets(job, by_layer(candidates[0]))
-        found = search(job, candidates, work, _announcing(job, attributed))
+        found = search(job, candidates, work, _announcing(job, attributed), planning.obeyed)
+        job, plan = planning.for_targets(job, found.targets)
         recorder.phase("evaluating")
         metrics = measure(job, found, work)
         recorder.phase("publishing")

@@ -62,6 +62,10 @@ class Planning:
         )
         return _obeying(job, plan), plan
 
+    def obeyed(self, job: Job, targets: Mapping[int, tuple[int, ...]]) -> Job:
+        """The job that obeys `for_targets`."""
+        return self.for_targets(job, targets)[0]
+
 
 def _obeying(job: Job, plan: Plan) -> Job:
     return replace(job, residency=plan.residency, micro_batch_tokens=plan.micro_batch_tokens)

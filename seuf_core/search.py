@@ -20,7 +20,7 @@ from seuf_core.errors import Cancelled, MethodError, ModelError
 from seuf_core.evaluate.probes import score_probes
 from seuf_core.job import Job
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
-from seuf_core.passes import Passes, open_passes
+from seuf_core.passes import Passes, Targets, open_passes
 from seuf_core.unlearning.loop import Run, RungResult, train_rung
 from seuf_core.unlearning.objectives import build_objective
 from seuf_core.unlearning.rule import FORGOTTEN, Look, Quality, order, quality_of
@@ -46,7 +46,11 @@ class Found:
 
 
 def search(
-    job: Job, candidates: Sequence[Selection], work: Path, announce: Callable[[Selection], None]
+    job: Job,
+    candidates: Sequence[Selection],
+    work: Path,
+    announce: Callable[[Selection], None],
+    planned: Callable[[Job, Targets], Job] = lambda job, _: job,
 ) -> Found:
     """Train the candidates in turn until one has forgotten; the best step by the rule wins.
 
@@ -54,6 +58,7 @@ def search(
         candidates: selections that grow, `((),)` for a scope without experts. `strength: fixed` takes the first.
         work: folder for the training checkpoints of every run.
         announce: hears which selection is trained next, and at the end which one was best.
+        planned: the job with its weights kept as training these targets needs.
 
     Raises:
         MethodError: `nothing_forgotten`, when the base itself is the best that the bound allows; `diverged`, when
@@ -67,6 +72,7 @@ def search(
     best: Found | None = None
     for place, selection in enumerate(candidates):
         announce(selection)
+        job = planned(job, by_layer(selection))
         passes = open_passes(job, by_layer(selection), work)
         base = base or _base_quality(job, passes)
         found = _attempt(job, passes, selection, base, work, place * job.method.rungs, runs)

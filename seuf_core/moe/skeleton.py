@@ -17,6 +17,7 @@ from transformers.modeling_utils import _get_dtype
 from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.generic import ContextManagers
 
+from seuf_core import allocator
 from seuf_core.checkpoint.index import CheckpointIndex
 from seuf_core.checkpoint.reader import CheckpointReader
 from seuf_core.errors import ModelError
@@ -35,6 +36,7 @@ def open_model(folder: Path, device: torch.device | str = "cpu", *, prefetch: bo
         ModelError: missing_tensors or mismatched_tensor, when the files do not hold the model of their config;
             unknown_architecture; and as `seuf_core.checkpoint.index.read_index` does.
     """
+    allocator.settle()
     reader = CheckpointReader(folder)
     model, dtype = _modules(folder, reader.index)
     kept = kept_dtypes(model, dtype)

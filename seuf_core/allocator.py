@@ -1,0 +1,33 @@
+"""Two settings of the process that a model read in parts and a step of milliseconds need. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import Final
+
+# glibc gives back every block above its threshold when it is freed, and the next tensor of the size faults all of its
+# pages in again: on a virtual machine that was 450 ms of a step of 18 ms. Blocks up to the largest size that glibc
+# allows here are kept, at most KEEP_BYTES of them at the top of the heap.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_KEPT: Final = 32 << 20
+KEEP_BYTES: Final = 256 << 20
+
+# oneDNN keeps a compiled product, with packed memory of its own, for every shape it has met; how many tokens go to an
+# expert is such a shape. 1024 of them, its default, were half a gigabyte.
+ONEDNN_CACHES: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+
+
+@cache
+def settle() -> None:
+    """Keep freed memory for the next step, and few compiled matrix products. Once a process, before its first pass.
+
+    What the environment says already is left alone. Without glibc only the latter.
+    """
+    for name, value in ONEDNN_CACHES.items():
+        os.environ.setdefault(name, value)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
