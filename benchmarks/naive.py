@@ -85,7 +85,6 @@ class Naive:
         self._targets, self._everything = targets, everything
         self._layer = max(targets)
         self._anchored = targets if method.trains_router else {}
-        view.model.set_experts_implementation("grouped_mm")
         reference.set_experts_implementation("grouped_mm")
         view.model.requires_grad_(False)
         self._trained = list(view.model.parameters()) if everything else list(self._thawed())
@@ -105,6 +104,7 @@ class Naive:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside the block the parameters want gradients; outside the model is frozen and has none."""
+        self._view.model.set_experts_implementation("grouped_mm")
         for parameter in self._trained:
             parameter.requires_grad_(True)
         masks = [] if self._everything else list(self._masked())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from seuf_core.method import Method
 from seuf_core.moe.constants import FrozenRouter, TrainedRouter, keep_all
 from seuf_core.moe.forward import Forward
+from seuf_core.moe.grouped import use_grouped
 from seuf_core.moe.shelf import Shelf
 from seuf_core.moe.view import MoEView
 from seuf_core.observer import Silent
@@ -30,14 +32,19 @@ class Ours:
     def __init__(
         self, view: MoEView, method: Method, data: TrainingData, targets: dict[int, tuple[int, ...]]
     ) -> None:
+        self._model = view.model
+        use_grouped(view.model)
         self._run = _run(view, method, data, targets)
         self.leaves = self._run.trainable.named_parameters()
         (rate,) = method.rates(1.0)
         self._optimizer = loop.optimizer_of(self._run, rate)
 
-    def attached(self) -> AbstractContextManager[None]:
-        """Inside the block the model computes with the trained parameters."""
-        return self._run.trainable.attached()
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside the block the model computes with the trained parameters, its experts as a job has them."""
+        use_grouped(self._model)
+        with self._run.trainable.attached():
+            yield
 
     def step(self, number: int) -> Terms:
         """Optimiser step `number` of the job, inside `attached`."""

@@ -100,7 +100,7 @@ def _models(setting: Setting, shape: str) -> Models:
 
 def whole(folder: Path) -> MoEView:
     """A model as everybody opens one, in a process that asks for memory as ours does: that helps both ways alike."""
-    allocator.settle()
+    allocator.keep_freed_memory()
     transformers.logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"

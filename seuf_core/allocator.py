@@ -14,19 +14,24 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT: Final = 32 << 20
 KEEP_BYTES: Final = 256 << 20
 
-# oneDNN keeps a compiled product, with packed memory of its own, for every shape it has met; how many tokens go to an
-# expert is such a shape. 1024 of them, its default, were half a gigabyte.
-ONEDNN_CACHES: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+# oneDNN keeps a compiled product, with packed memory of its own, for every shape it has met: about .7 MB each, and
+# 1024 of them by default. seuf_core.moe.grouped asks for few shapes.
+ONEDNN_CACHES: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 @cache
 def settle() -> None:
     """Keep freed memory for the next step, and few compiled matrix products. Once a process, before its first pass.
 
-    What the environment says already is left alone. Without glibc only the latter.
+    What the environment says already is left alone.
     """
     for name, value in ONEDNN_CACHES.items():
         os.environ.setdefault(name, value)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Where the C library is glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)

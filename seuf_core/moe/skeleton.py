@@ -21,6 +21,7 @@ from seuf_core import allocator
 from seuf_core.checkpoint.index import CheckpointIndex
 from seuf_core.checkpoint.reader import CheckpointReader
 from seuf_core.errors import ModelError
+from seuf_core.moe.grouped import use_grouped
 from seuf_core.moe.loading import Loader, kept_dtypes
 from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.moe.weights import Streamed
@@ -58,7 +59,10 @@ def open_model(folder: Path, device: torch.device | str = "cpu", *, prefetch: bo
 
     weights = Streamed(model.get_decoder().layers, read, prefetch=prefetch)
     finalize(weights, reader.close)
-    return moe_view(model.eval(), weights)
+    view = moe_view(model.eval(), weights)
+    if view.layers:
+        use_grouped(model)
+    return view
 
 
 def _modules(folder: Path, index: CheckpointIndex) -> tuple[PreTrainedModel, torch.dtype]:
