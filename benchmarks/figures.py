@@ -21,8 +21,8 @@ class Figures:
         self._rows: dict[str, tuple[float, str]] = {}
 
     def add(self, name: str, value: float, unit: str) -> None:
-        """One figure; an older one of the same name is replaced."""
-        self._rows[name] = (value, unit)
+        """One figure, to six digits; whole numbers as they are. An older one of the same name is replaced."""
+        self._rows[name] = (value if isinstance(value, int) else float(f"{value:.6g}"), unit)
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows
@@ -47,11 +47,8 @@ class Figures:
         return {name: value for name, (value, _) in self._rows.items()}
 
     def write(self, path: Path) -> None:
-        """The JSON, whole or not at all. Six digits; whole numbers as they are."""
-        rows = [
-            {"name": name, "value": value if isinstance(value, int) else float(f"{value:.6g}"), "unit": unit}
-            for name, (value, unit) in self._rows.items()
-        ]
+        """The JSON, whole or not at all."""
+        rows = [{"name": name, "value": value, "unit": unit} for name, (value, unit) in self._rows.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"environment": self.environment, "figures": rows}, indent=1) + "\n")
