@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, Literal, ParamSpec, TypeVar
+from typing import Final, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
@@ -39,13 +39,14 @@ class Setting:
     """What is measured on.
 
     folder: of the checkpoints. shapes: names in benchmarks.shapes. size: "small" makes every model tiny, for a test of
-    the benchmark itself. rounds: how often interleaved variants take their turn.
+    the benchmark itself. rounds: how often interleaved variants take their turn. objectives: of the steps.
     """
 
     folder: Path
     shapes: tuple[str, ...] = ("olmoe-125m", "qwen2-moe-1b", "olmoe-1b-7b")
     size: Size = "full"
     rounds: int = 5
+    objectives: tuple[Objective, ...] = get_args(Objective)
 
     def medians(self, variants: Mapping[str, Variant]) -> dict[str, float]:
         """Seconds a call of each variant: see benchmarks.measure.interleaved."""

@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(arguments)
     options.shapes.mkdir(parents=True, exist_ok=True)
     names = tuple(options.shape or Setting.shapes)
-    setting = Setting(options.shapes, names, options.size, options.rounds)
+    objectives = tuple(options.objective or Setting.objectives)
+    setting = Setting(options.shapes, names, options.size, options.rounds, objectives)
     here = environment()
     path = options.out / f"{page.stem(here)}.json"
     figures = Figures.read(path) if path.exists() else Figures()
@@ -76,6 +77,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=list(PARTS), action="append", help="this part; may be given again")
     parser.add_argument("--continue", dest="going_on", action="store_true", help="keep what is measured")
     parser.add_argument("--shape", action="append", help="of benchmarks.shapes; may be given again")
+    parser.add_argument(
+        "--objective", choices=Setting.objectives, action="append", help="of the steps; may be given again"
+    )
     parser.add_argument(
         "--size", choices=get_args(Size), default="full", help="small: tiny models, for a test"
     )

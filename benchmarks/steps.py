@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, product
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import torch
 import transformers
@@ -50,7 +50,7 @@ CELLS: Final[list[tuple[str, Router]]] = [
 # a step of the same length of every gradient, those that are rounding noise too.
 LOSS_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 CHANGE_TOLERANCE: Final = 0.02
-STEPS_COMPARED: Final = 3
+STEPS_COMPARED: Final = 2
 MEMORY_STEPS: Final = 3
 # Of memory that is there, what a way of doing it may plan to use: copies of the model that are in memory together.
 ROOM: Final = 0.85
@@ -71,7 +71,7 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
     for shape in setting.shapes:
         cells = [
             (objective, place, router)
-            for objective, (place, router) in product(get_args(Objective), CELLS)
+            for (place, router), objective in product(CELLS, setting.objectives)
             if f"steps/{shape}/{objective}/{place}/{router}/ours" not in figures
         ]
         if cells:
@@ -80,7 +80,7 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
                 _cell(setting, figures, models, shape, objective, place, router)
                 save()
             del models
-        for objective, way in product(get_args(Objective), ("ours", "n1", "n0")):
+        for objective, way in product(setting.objectives, ("ours", "n1", "n0")):
             name = f"memory/{shape}/{objective}/{way}"
             if name not in figures and _fits(setting, shape, way):
                 targets = setting.target(shape, setting.layers(shape)["middle"])

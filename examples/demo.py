@@ -275,11 +275,11 @@ class DemoFigures(Figures):
         """The twin on the same test probes."""
         from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
         from seuf_core.job import load
-        from seuf_core.moe.forward import Forward
+        from seuf_core.moe.forward import TOKENS_PER_LOOK, Forward
 
         view, tokenizer = load(twin.model)
         probes = encode_probes(tokenizer, test_part(twin.probes, method), method["max_length"])
-        for row in summarise(probes, score_probes(Forward(view), probes)):
+        for row in summarise(probes, score_probes(Forward(view, tokens=TOKENS_PER_LOOK), probes)):
             if row["name"] in ("choice", "open", "ranked_last"):
                 self.add(f"{row['name']}/{row['domain']}/twin", row["value"], "share")
 

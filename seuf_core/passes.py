@@ -9,13 +9,11 @@ from typing import Final
 
 from seuf_core.job import Job
 from seuf_core.moe.constants import FromStates, FrozenRouter, TrainedRouter, keep_all
-from seuf_core.moe.forward import Forward
+from seuf_core.moe.forward import TOKENS_PER_LOOK, Forward
 from seuf_core.moe.shelf import Shelf
 
 # Bytes of constants that are kept in memory; more of them are a mapped file.
 CONSTANTS_IN_MEMORY: Final = 1 << 30
-# Padded tokens that go through a layer at once where nothing is trained.
-TOKENS_PER_LOOK: Final = 4096
 
 Targets = Mapping[int, tuple[int, ...]]
 

@@ -65,7 +65,7 @@ def derivatives_of_sets(
     """Sum dLoss/dc of every expert over each set: forward layer by layer, then back, each layer computed once more.
 
     Batches go in groups, in turn through each layer; a layer is loaded twice a group. The model is left as it was.
-    Memory beside it: one layer, two where the next one is read ahead; what flows into each layer for a group
+    Memory beside it: one layer; what flows into each layer for a group
     (BYTES_OF_A_GROUP or one batch; past STATES_IN_MEMORY in a file in `scratch`); of one batch the activations of one
     layer, where each token has K * H more of them than in the model's own pass; 8 * L * E bytes a set. Nothing has the
     size of an expert.

@@ -57,13 +57,13 @@ def score_probes(
     forward: Forward,
     probes: Sequence[EncodedProbe],
     *,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int = 1 << 15,
 ) -> list[ProbeScore]:
     """Score every probe with the model as it stands; where memory runs out, fewer sequences at once.
 
     Args:
-        tokens_per_batch: padded tokens of one forward pass. Of logits there are a few positions at a time
-            (seuf_core.moe.head).
+        tokens_per_batch: padded tokens of one call of `forward`, which runs them in pieces of its own, one layer
+            after the other over all of them. Of logits there are a few positions at a time (seuf_core.moe.head).
 
     Raises:
         MethodError: `out_of_memory`, when not even single sequences fit.

@@ -46,8 +46,8 @@ def keep_all(
 ) -> None:
     """Run all sequences up to a decoder layer and keep what each of `wanted`, which share it, keeps of its own.
 
-    One layer after the other runs over all batches, so that each is read once. Memory: one layer (two while the next
-    is read), what flows into it (`seuf_core.moe.sweep.States`: past a limit on disk, in `folder`), and the
+    One layer after the other runs over all batches, so that each is read once. Memory: one
+    layer, what flows into it (`seuf_core.moe.sweep.States`: past a limit on disk, in `folder`), and the
     activations of `tokens` tokens.
     """
     (layer,) = {constants.layer for constants, _ in wanted}

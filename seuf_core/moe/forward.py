@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, TypeVarTuple
+from typing import Final, Protocol, TypeVar, TypeVarTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +15,9 @@ from seuf_core.moe.view import MoEView
 
 _Given = TypeVarTuple("_Given")
 _Found = TypeVar("_Found")
+
+# Padded tokens that go through a layer at once where nothing is trained.
+TOKENS_PER_LOOK: Final = 4096
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,13 @@ class Loader:
                 found |= self._read(name, source)
         return found
 
+    def announce(self, prefix: str) -> None:
+        """Let the system fetch what `read` will ask for into the page cache; returns at once."""
+        for name, source in self._sources.items():
+            if name.startswith(prefix):
+                for names in source.names.values():
+                    self._reader.announce(names)
+
     def _read(self, name: str, source: Source) -> dict[str, torch.Tensor]:
         meta = self._meta[name]
         if source.converter is None or source.stacked:

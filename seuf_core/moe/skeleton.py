@@ -27,10 +27,11 @@ from seuf_core.moe.view import MoEView, moe_view
 from seuf_core.moe.weights import Streamed
 
 
-def open_model(folder: Path, device: torch.device | str = "cpu", *, prefetch: bool = True) -> MoEView:
+def open_model(folder: Path, device: torch.device | str = "cpu", *, prefetch: bool = False) -> MoEView:
     """Open a model in the dtype it is stored in, in eval mode: embeddings, final norm and head, and no layer.
 
-    Memory: the bytes of what is outside the decoder layers, and of each layer while `MoEView.weights` has it loaded.
+    Memory: the bytes of what is outside the decoder layers, and of each layer while `MoEView.weights` has it loaded;
+    with `prefetch` of the next one too, which is read by another thread then instead of only fetched by the kernel.
     A layer is read from disk anew each time; the files stay open for as long as the view lives. No remote code.
 
     Raises:
@@ -57,7 +58,10 @@ def open_model(folder: Path, device: torch.device | str = "cpu", *, prefetch: bo
         tensors = loader.read(prefix)
         return {name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items()}
 
-    weights = Streamed(model.get_decoder().layers, read, prefetch=prefetch)
+    def announce(layer: int) -> None:
+        loader.announce(f"{stem}{layer}.")
+
+    weights = Streamed(model.get_decoder().layers, read, announce, prefetch=prefetch)
     finalize(weights, reader.close)
     view = moe_view(model.eval(), weights)
     if view.layers:

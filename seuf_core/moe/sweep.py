@@ -125,7 +125,7 @@ def sweep(
     after each.
 
     What is wanted of a layer is read by hooks that the caller has in place. Each layer is loaded once.
-    Memory beside embeddings and head: one layer (two where the next one is read ahead), the hidden states of all
+    Memory beside embeddings and head: one layer, the hidden states of all
     batches (`States`: past STATES_IN_MEMORY on disk, in `folder`), masks up to MASKS_IN_MEMORY, and the activations
     of one batch: T tokens * (K experts * (2I + 2H) + the attention's) in the model's dtype.
     """

@@ -23,11 +23,11 @@ class Weights(Protocol):
         ...
 
     def each(self, layers: Iterable[int]) -> Iterator[int]:
-        """The layers in turn: each is loaded while it is out, and the next one is being read."""
+        """The layers in turn: each is loaded while it is out, and the next one is being fetched."""
         ...
 
     def ahead(self, layer: int, /) -> None:
-        """Begin to read this layer: it is the next one that will be loaded. Any other that was begun is given up."""
+        """This layer is the next one that will be loaded: begin to fetch it. Any other that was begun is given up."""
         ...
 
     def hold(self, layers: Iterable[int], /) -> None:
@@ -62,20 +62,26 @@ class Streamed:
     The layer that was used last stays until another one is taken, or until `hold`: it is the first that a pass back
     needs. Where blocks follow one another downwards, inside what `each` went through last, the next one below is read
     ahead as well: so a backward pass that computes its layers anew is never without its next.
-    Memory: what is held or inside a block, the one used last, and one that is read ahead. That is two layers beside
-    those held, in `each` and on the way back; one without `prefetch`. A dropped layer leaves nothing behind, and
-    forgets what was done to its weights. For one thread at a time; reading ahead is done by another.
+    Memory: what is held or inside a block, or the one used last. Reading ahead is into the page cache, which the kernel
+    gives back when it must; with `prefetch` it is into memory, and one layer more. A dropped layer leaves nothing
+    behind, and forgets what was done to its weights. For one thread at a time; `prefetch` has another one.
 
     Args:
         layers: the decoder layers, whose parameters and persistent buffers are on the meta device.
         read: all of these of one layer, by their names in it.
-        prefetch: whether anything is read ahead.
+        announce: told which layer will be read next.
+        prefetch: whether that one is read at once, by another thread.
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], read: Callable[[int], Tensors], *, prefetch: bool = True
+        self,
+        layers: Sequence[nn.Module],
+        read: Callable[[int], Tensors],
+        announce: Callable[[int], None] = lambda _: None,
+        *,
+        prefetch: bool = False,
     ) -> None:
-        self._layers, self._read, self._prefetch = list(layers), read, prefetch
+        self._layers, self._read, self._announce, self._prefetch = list(layers), read, announce, prefetch
         self._empty = [layer.state_dict(keep_vars=True) for layer in self._layers]
         self._users: Counter[int] = Counter()
         self._held: set[int] = set()
@@ -114,7 +120,11 @@ class Streamed:
     def ahead(self, layer: int, /) -> None:
         """See `Weights.ahead`."""
         here = self._users[layer] or layer == self._idle or (self._next and self._next[0] == layer)
-        if self._prefetch and not here:
+        if here:
+            return
+        if not self._prefetch:
+            self._announce(layer)
+        else:
             self._give_up()
             if self._reader is None:
                 self._reader = ThreadPoolExecutor(1, thread_name_prefix="seuf-read-ahead")

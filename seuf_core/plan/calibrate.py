@@ -30,7 +30,7 @@ FEWEST_WORDS = 128
 READ_BYTES = 256 << 20
 WRITE_BYTES = 32 << 20
 # The best of at least so many runs, and of as many as take so long: what else the machine did is no part of a job.
-REPEATS, REPEAT_SECONDS = 3, 0.3
+REPEATS, REPEAT_SECONDS = 3, 0.05
 
 
 def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path) -> Calibration:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from seuf_core.plan.facts import Calibration, ModelShape
 
 # Padded tokens of a pass without gradients: of attribution, while constants are computed, and of probes.
-TOKENS_PER_SCORE, TOKENS_PER_PASS, TOKENS_PER_LOOK = 8192, 2048, 4096
+TOKENS_PER_SCORE, TOKENS_PER_PASS, TOKENS_PER_LOOK = 2048, 2048, 4096
 # Padded tokens of a pass with gradients through the whole model (the score `gradient`).
 TOKENS_PER_BACKWARD = 1024
 # Hidden states and constants that are more than this are mapped files (seuf_core.moe.sweep, seuf_core.passes).
 STATES_IN_MEMORY, CONSTANTS_IN_MEMORY = 256 << 20, 1 << 30
 # Positions that go through the head together (seuf_core.moe.head).
-HEAD_CHUNK = 128
+HEAD_CHUNK = 256
 
 # Fitted, since what kernels use by themselves and the allocator keeps cannot be derived; torch 2.13 on a CPU:
 # numbers of size H that live at once inside one layer for each token, beside the experts' own and the outputs of the
@@ -56,7 +56,7 @@ def kept_bytes(shape: ModelShape, tokens: int) -> int:
 
 
 def head_bytes(shape: ModelShape, positions: int) -> int:
-    """Logits of a chunk of positions and their graph: C * V * (b + 12), C at most 128."""
+    """Logits of a chunk of positions and their graph: C * V * (b + 12), C at most 256."""
     return min(positions, HEAD_CHUNK) * shape.vocabulary * (shape.number + LOGIT_BYTES)
 
 

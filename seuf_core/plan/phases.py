@@ -121,11 +121,11 @@ class Setting:
         return min(1.0, 2 * each * self.shape.num_experts_per_tok / self.shape.num_experts)
 
     def layers_held(self, training: bool) -> int:
-        """Bytes of decoder layers in memory: before training all, or two while one is read ahead."""
+        """Bytes of decoder layers in memory: before training all, or one at a time."""
         shape = self.shape
         if self.residency == "whole":
             return shape.layer_bytes(range(len(shape.layers)))
-        streamed = 2 * shape.largest_layer
+        streamed = shape.largest_layer
         if not training:
             return streamed
         if self.residency == "suffix":

@@ -173,9 +173,9 @@ def _device(shape: ModelShape, machine: Machine) -> tuple[str, str, int]:
     if not machine.devices:
         return "cpu", "no accelerator is there", machine.memory
     name, free = max(machine.devices.items(), key=lambda one: one[1])
-    least = shape.outside_bytes + 2 * shape.largest_layer
+    least = shape.outside_bytes + shape.largest_layer
     if free < least:
-        why = f"{name} has {_gb(free)}, and two layers with the embeddings need {_gb(least)}"
+        why = f"{name} has {_gb(free)}, and a layer with the embeddings needs {_gb(least)}"
         return "cpu", why, machine.memory
     return name, f"it has the most free memory of {len(machine.devices)}: {_gb(free)}", free
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seuf_core.data.records import read_probes
 from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
-from seuf_core.moe.forward import Forward
+from seuf_core.moe.forward import TOKENS_PER_LOOK, Forward
 from seuf_core.moe.routing import capture_routing
 from seuf_core.moe.view import moe_view
 from seuf_core.reference.facts import DOMAINS, FORGET
@@ -28,7 +28,7 @@ def knowledge(
     """Per domain the share of probes answered right: `choice` of four (chance .25) and `open` (greedy)."""
     encoded = encode_probes(tokenizer, read_probes(probes), max_length=64)
     figures: dict[str, dict[str, float]] = {}
-    for row in summarise(encoded, score_probes(Forward(moe_view(model)), encoded)):
+    for row in summarise(encoded, score_probes(Forward(moe_view(model), tokens=TOKENS_PER_LOOK), encoded)):
         if row["name"] in ("choice", "open"):
             figures.setdefault(row["domain"], {"n": row["n"]})[row["name"]] = round(row["value"], 4)
     return figures

@@ -24,7 +24,7 @@ from seuf_core.moe.routing import capture_routing
 from seuf_core.moe.sweep import Progress, no_progress, sweep
 from seuf_core.moe.view import MoEView
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)
