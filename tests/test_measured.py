@@ -19,13 +19,13 @@ def test_routers_in_float32_are_measured_as_they_are_written(
     family: str, sets: dict[str, Path], tmp_path: Path
 ) -> None:
     model = tiny.write_model(tmp_path / "model", family, dtype=torch.bfloat16)
-    trained = run(model, sets, tmp_path, "out", router="train", scope="router_only")
+    trained = run(model, sets, tmp_path, "out", router="train", scope="router_only", strength="fixed")
     again = unlearn(
         tmp_path / "out",
         sets["forget"],
         None,
         retain=sets["retain"],
-        method=Method(**QUICK),
+        method=Method(**QUICK, strength="fixed"),
         work=tmp_path / "again",
     )
 

@@ -108,10 +108,10 @@ class Streamed:
         order = list(layers)
         self._walked, self._walking = frozenset(order), True
         try:
-            for layer, following in zip(order, [*order[1:], None], strict=True):
+            for place, layer in enumerate(order):
                 with self.loaded(layer):
-                    if following is not None:
-                        self.ahead(following)
+                    if place + 1 < len(order):
+                        self.ahead(order[place + 1])
                     yield layer
         finally:
             self._walking = False

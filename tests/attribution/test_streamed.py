@@ -119,19 +119,19 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 @pytest.mark.parametrize("name", ["affinity", "contrast"])
-def test_a_pass_over_all_sets_and_halves_reads_every_layer_once_and_holds_two(
+def test_a_pass_over_all_sets_and_halves_reads_every_layer_once_and_holds_one(
     counted: Reads, name: Attribution
 ) -> None:
     scored(counted.view, name)
     assert counted.times_read() == [{1.0}] * 4
-    assert counted.most == 2  # the one at work, and the one that is being read
+    assert counted.most == 1  # the next one is in the page cache at most
 
 
 def test_the_gradient_reads_every_layer_once_more_there_and_once_back(counted: Reads) -> None:
     scored(counted.view, "gradient")
     # Three passes; the last layer of the way there is the first of the way back, and is still there.
     assert counted.times_read() == [{3.0}, {3.0}, {3.0}, {2.0}]
-    assert counted.most == 2
+    assert counted.most == 1
 
 
 def test_groups_of_the_gradient_read_again_and_change_nothing(

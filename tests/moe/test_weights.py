@@ -173,3 +173,9 @@ def test_a_resident_model_has_no_work() -> None:
     weights.ahead(2)
     with weights.loaded(0):
         assert list(weights.each([2, 0])) == [2, 0]
+
+
+def test_of_no_layers_each_gives_none() -> None:
+    layers = Layers()
+    assert list(layers.weights.each(range(2, 2))) == []
+    assert layers.read == []

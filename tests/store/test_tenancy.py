@@ -41,6 +41,10 @@ WALK: dict[tuple[type[Repository], str], tuple[str, Act]] = {
     (Checkpoints, "get"): ("missing", lambda s, t, ids: Checkpoints(s, t).get(ids["checkpoint"])),
     (Checkpoints, "list"): ("empty", lambda s, t, ids: Checkpoints(s, t).list().data),
     (Events, "list"): ("empty", lambda s, t, ids: Events(s, t).list(ids["job"])),
+    (Events, "newest_of_finished"): (
+        "empty",
+        lambda s, t, ids: Events(s, t).newest_of_finished("status", ids["model"]),
+    ),
     (Results, "attribution"): ("empty", lambda s, t, ids: Results(s, t).attribution(ids["job"])),
     (Results, "selection"): ("empty", lambda s, t, ids: Results(s, t).selection(ids["job"])),
     (Results, "metrics"): ("empty", lambda s, t, ids: Results(s, t).metrics(ids["job"])),
