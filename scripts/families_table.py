@@ -54,10 +54,33 @@ COLUMNS = {
         "a bfloat16 checkpoint is trained through fp32 masters, and what was measured is what is read back",
     ),
     "test_masking": ("masking", "masked experts have score 0 and no effect, and everything is restored"),
-    "test_partial_forward": (
-        "partial forward",
-        "logits of answer tokens alone, and states of one layer, equal those of the whole forward pass",
+    "test_layers_one_by_one": (
+        "in parts",
+        "embeddings, single layers and the tail one after the other are the whole forward pass, to the last bit",
     ),
+    "test_the_route_needs_no_tokens": ("route", "how the model calls its layers follows from the mask alone"),
+    "test_answers_and_states_are_the_whole_pass_where_a_label_is_predicted": (
+        "answers",
+        "states of answer tokens alone, of every layer, equal those of the whole forward pass",
+    ),
+    "test_it_is_what_from_pretrained_gives": (
+        "read by layer",
+        "a model whose layers are read when they are needed is what `from_pretrained` gives, to the last bit",
+    ),
+    "test_a_pass_from_constants": (
+        "constants",
+        "answers and gradients of a pass that begins with constants are those of the whole pass (fp64, 1e-6), with "
+        "the router frozen and trained, also after it has drifted",
+    ),
+    "test_it_is_the_familys_own_loop": (
+        "grouped",
+        "experts as one product each, and their gradients, equal the family's own loop",
+    ),
+    "test_values_and_gradients_by_the_states": (
+        "head",
+        "the head a few positions at a time gives the values and gradients of all logits at once",
+    ),
+    "test_values_and_gradients_of_a_head_that_is_trained": ("trained head", "the same where the head is trained"),
 }
 
 
