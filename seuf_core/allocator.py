@@ -8,8 +8,8 @@ from functools import cache
 from typing import Final
 
 # glibc gives back every block above its threshold when it is freed, and the next tensor of the size faults all of its
-# pages in again: a step of 18 ms took 29 on a quiet virtual machine and 450 on a busy one. Blocks up to the largest size that glibc
-# allows here are kept, at most KEEP_BYTES of them at the top of the heap.
+# pages in again: a step of 18 ms took 29 on a quiet virtual machine and 450 on a busy one. Blocks up to the largest
+# size that glibc allows here are kept, at most KEEP_BYTES of them at the top of the heap.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_KEPT: Final = 32 << 20
 KEEP_BYTES: Final = 256 << 20
