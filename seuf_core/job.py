@@ -1,25 +1,23 @@
-"""A job whose model is loaded and whose texts are tokens: what attribution, training and measuring share."""
+"""A job whose model is opened and whose texts are tokens: what attribution, training and measuring share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from seuf_core.data.batches import encode_alternatives, encode_examples
-from seuf_core.evaluate.probes import EncodedProbe, encode_probes
+from seuf_core.evaluate.probes import EncodedProbe, encode_probes, sequences_of
 from seuf_core.inputs import Inputs
 from seuf_core.method import Method
 from seuf_core.moe.skeleton import open_model
 from seuf_core.moe.view import MoEView, require_experts
 from seuf_core.observer import Observer
+from seuf_core.plan.phases import Residency
 from seuf_core.unlearning.terms import TrainingData
-
-Residency = Literal["whole", "suffix", "streamed"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def open_job(
         encode_probes(tokenizer, probes, method.max_length)
         for probes in (inputs.selection_probes, inputs.test_probes)
     )
-    answers = [sequence for probe in selection + test for sequence in probe.sequences]
+    answers = sequences_of(selection + test)
     for code, what, sequences in (
         ("examples_cut", "training examples", forget + retain + alternatives),
         ("probes_cut", "choices of probes", answers),

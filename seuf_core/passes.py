@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from seuf_core.evaluate.probes import sequences_of
 from seuf_core.job import Job
 from seuf_core.moe.constants import FromStates, FrozenRouter, TrainedRouter, keep_all
 from seuf_core.moe.forward import TOKENS_PER_LOOK, Forward
@@ -40,7 +41,7 @@ def open_passes(job: Job, targets: Targets, work: Path) -> Passes:
         return Passes(Forward(view, tokens=micro, recompute=recompute), Forward(view, tokens=TOKENS_PER_LOOK))
     shelf = Shelf(CONSTANTS_IN_MEMORY, _made(work))
     examples = [*job.data.forget, *job.data.retain, *job.data.alternatives]
-    probes = [sequence for probe in job.selection_probes for sequence in probe.sequences]
+    probes = sequences_of(job.selection_probes)
     training: FrozenRouter | TrainedRouter
     looks: FrozenRouter | FromStates
     if method.trains_router:
@@ -61,8 +62,7 @@ def open_test_pass(job: Job, targets: Targets, work: Path) -> Forward:
     if not targets or job.view.family.carries is not None:
         return Forward(job.view, tokens=TOKENS_PER_LOOK)
     constants = FromStates(job.view, min(targets), Shelf(CONSTANTS_IN_MEMORY, _made(work)))
-    probes = [sequence for probe in job.test_probes for sequence in probe.sequences]
-    keep_all(job.view, [(constants, probes)], folder=work)
+    keep_all(job.view, [(constants, sequences_of(job.test_probes))], folder=work)
     return Forward(job.view, constants, tokens=TOKENS_PER_LOOK)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from seuf_core.data.batches import Encoded
-from seuf_core.evaluate.probes import EncodedProbe
+from seuf_core.evaluate.probes import sequences_of
 from seuf_core.job import Job
 from seuf_core.plan.calibrate import accelerators, calibrate
 from seuf_core.plan.facts import Calibration, JobTokens, Machine, ModelShape, TokenCounts, model_shape
@@ -78,13 +78,9 @@ def tokens_of(job: Job) -> JobTokens:
         _counted(data.forget),
         _counted(data.retain),
         _counted(data.alternatives),
-        _counted(_sequences(job.selection_probes)),
-        _counted(_sequences(job.test_probes)),
+        _counted(sequences_of(job.selection_probes)),
+        _counted(sequences_of(job.test_probes)),
     )
-
-
-def _sequences(probes: Iterable[EncodedProbe]) -> list[Encoded]:
-    return [sequence for probe in probes for sequence in probe.sequences]
 
 
 def _counted(rows: Iterable[Encoded]) -> TokenCounts:

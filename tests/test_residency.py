@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from seuf_core.inputs import read_inputs
-from seuf_core.job import Residency, open_job
+from seuf_core.job import open_job
 from seuf_core.method import Method
 from seuf_core.observer import Silent
 from seuf_core.pipeline import attribute, measure
+from seuf_core.plan.phases import Residency
 from seuf_core.search import search
 from tests import tiny
 from tests.test_pipeline import GROWING, QUICK

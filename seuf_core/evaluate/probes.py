@@ -7,7 +7,7 @@ the true answer (each is the argmax given the ones before it, which is what gree
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,11 @@ class EncodedProbe:
 
     probe: Probe
     sequences: tuple[Encoded, ...]
+
+
+def sequences_of(probes: Iterable[EncodedProbe]) -> list[Encoded]:
+    """Every choice of every probe, in order."""
+    return [sequence for probe in probes for sequence in probe.sequences]
 
 
 def encode_probes(
