@@ -11,8 +11,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-# Used by the library when it opens a model, by nothing else.
-ENGINE_ONLY = {"torch", "transformers", "tokenizers", "safetensors", "peft"}
+# Used by the library when it opens a model, by nothing else. (POST /jobs/estimate counts tokens: it needs tokenizers.)
+ENGINE_ONLY = {"torch", "transformers", "safetensors", "peft"}
 
 
 def requirements(image: str) -> list[str]:

@@ -46,7 +46,7 @@ def count_tokens(model: Path, inputs: Inputs, method: Method) -> JobTokens:
 def _counter(model: Path) -> tuple[Count, str]:
     file = model / TOKENIZER
     try:
-        # Here, and not above: the HTTP side imports this module, and its image has no tokenizers.
+        # Here, and not above: the HTTP side imports this module, and starts fast.
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(file))
