@@ -64,12 +64,14 @@ families: setup ## Run every model family's tests and write what passed into the
 benchmark-defaults: setup ## Measure the default method on every kind of reference model (docs/results/defaults.md; an hour)
 	$(BIN)/python benchmarks/defaults.py $(ARGS)
 
-benchmark-speed: setup ## Measure speed and memory at true scale (docs/results/performance.md; hours; ARGS="--only steps")
+benchmark-speed: setup ## Measure speed and memory at true scale (docs/results/performance.md; over an hour; ARGS="--only steps")
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m benchmarks.speed $(ARGS)
+	$(BIN)/python scripts/results_table.py
 
-docs: setup ## Write what is made from the code and the figures: method and families page, the README's table
+docs: setup ## Write what is made from the code and the figures: pages of method, families and speed, the README's tables
 	$(BIN)/python scripts/method_reference.py
 	$(BIN)/python scripts/families_table.py
+	$(BIN)/python -m benchmarks.page
 	$(BIN)/python scripts/results_table.py
 
 lock: ## Make requirements.lock again from pyproject.toml, in a new environment

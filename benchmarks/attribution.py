@@ -1,7 +1,7 @@
 """(b) Attribution: tokens a second, loading included, and peak memory; streamed against `from_pretrained` with hooks.
 
 Each in a process of its own, in turn. The resident model tries several batch sizes and the best one counts. Both must
-score every expert alike.
+score every expert alike. Of large shapes: fewer texts, fewer batch sizes, one repeat.
 
 Figures: attribution/<shape>/<streamed|resident>/<tokens_per_second|peak_anonymous|peak_resident>, and for the
 resident one /load, its seconds of loading, and /batch, the tokens of its best batch.
@@ -16,6 +16,7 @@ from typing import Final
 
 import torch
 
+from benchmarks.cells import LARGE
 from benchmarks.figures import Figures
 from benchmarks.hooks import affinity
 from benchmarks.measure import PeakMemory, timed
@@ -26,8 +27,10 @@ from seuf_core.job import load
 
 LENGTH: Final = 256
 SEQUENCES: Final = 64
+LARGE_SEQUENCES: Final = 32
 BATCHES: Final = (512, 2048, 8192)  # tokens
-REPEATS: Final = 3
+LARGE_BATCHES: Final = (512, 2048)
+REPEATS: Final = 2
 # Largest difference of a score, relative to the largest score: bf16 rounds hidden states to 3 digits, and where two
 # experts are about even that decides which of them a token goes to.
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 0.1}
@@ -54,12 +57,12 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
         setting.checkpoint(shape)
         ways = {"streamed": _streamed, "resident": _resident}
         found: dict[str, list[Found]] = {way: [] for way in ways}
-        for _ in range(min(REPEATS, setting.rounds)):
+        for _ in range(1 if shape in LARGE else min(REPEATS, setting.rounds)):
             for way, measure in ways.items():
                 found[way].append(setting.apart(measure, setting, shape))
         _compare(setting, shape, found["streamed"][0], found["resident"][0])
         for way, repeats in found.items():
-            tokens = _sequences(setting) * _length(setting)
+            tokens = _sequences(setting, shape) * _length(setting)
             seconds = median(one.seconds for one in repeats)
             figures.add(f"{prefix}/{way}/tokens_per_second", tokens / seconds, "tokens/s")
             figures.add(f"{prefix}/{way}/peak_anonymous", max(one.anonymous for one in repeats), "bytes")
@@ -69,8 +72,9 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
         save()
 
 
-def _sequences(setting: Setting) -> int:
-    return SEQUENCES if setting.size == "full" else 8
+def _sequences(setting: Setting, shape: str) -> int:
+    full = LARGE_SEQUENCES if shape in LARGE else SEQUENCES
+    return full if setting.size == "full" else 8
 
 
 def _length(setting: Setting) -> int:
@@ -85,7 +89,7 @@ def _compare(setting: Setting, shape: str, ours: Found, theirs: Found) -> None:
 
 
 def _streamed(setting: Setting, shape: str) -> Found:
-    rows = encoded(setting.vocabulary(shape), _sequences(setting), _length(setting), seed=3)
+    rows = encoded(setting.vocabulary(shape), _sequences(setting, shape), _length(setting), seed=3)
     folder = setting.checkpoint(shape)
     with PeakMemory() as peak:
         seconds, scored = timed(lambda: score_experts(load(folder, hold=())[0], rows, [], method_of("npo")))
@@ -93,13 +97,13 @@ def _streamed(setting: Setting, shape: str) -> Found:
 
 
 def _resident(setting: Setting, shape: str) -> Found:
-    rows = encoded(setting.vocabulary(shape), _sequences(setting), _length(setting), seed=3)
-    folder = setting.checkpoint(shape)
+    rows = encoded(setting.vocabulary(shape), _sequences(setting, shape), _length(setting), seed=3)
+    folder, batches = setting.checkpoint(shape), LARGE_BATCHES if shape in LARGE else BATCHES
     with PeakMemory() as peak:
         loading, view = timed(lambda: whole(folder))
         # Mapped weights are read at the first pass: a first batch belongs to loading.
-        first, _ = timed(lambda: affinity(view, rows[:1], BATCHES[0]))
-        passes = {size: timed(lambda size=size: affinity(view, rows, size)) for size in BATCHES}  # type: ignore[misc]
+        first, _ = timed(lambda: affinity(view, rows[:1], batches[0]))
+        passes = {size: timed(lambda size=size: affinity(view, rows, size)) for size in batches}  # type: ignore[misc]
     batch, (seconds, scores) = min(passes.items(), key=lambda one: one[1][0])
     loading += first
     return Found(loading + seconds, loading, batch, peak.anonymous, peak.resident, scores.tolist())

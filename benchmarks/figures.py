@@ -1,6 +1,6 @@
 """What was measured, by name, with the machine it was measured on: the one form of every JSON in docs/results.
 
-{"environment": {...}, "figures": [{"name": "steps/olmoe-1b-7b/rmu/8/ours", "value": 0.031, "unit": "s"}, ...]}
+{"environment": {...}, "figures": [{"name": "attribution/olmoe-1b-7b/resident/load", "value": 9.1, "unit": "s"}, ...]}
 """
 
 from __future__ import annotations

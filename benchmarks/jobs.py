@@ -1,13 +1,14 @@
-"""(d) The whole job, 5 epochs, attribution and writing included: seuf_core.unlearn against the naive way.
+"""(d) The whole job on prompts with answers, attribution and writing included: seuf_core.unlearn against the naive way.
 
 Each in a process of its own, in turn, from files to files. Ours does what every job does besides: it looks at a small
 evaluation set before and after, measures its test part, verifies what it wrote and writes a delta; all of that is in
 its time. The naive way loads the model twice, attributes with hooks at one batch size, trains N1 and calls
-`save_pretrained`. Both train the same expert: the router of the middle layer is surer than the others, so that the
-highest affinity is there. Of shapes too large for two copies in memory only ours is measured.
+`save_pretrained`. Both train the same expert: the router of one layer is surer than the others, so that the highest
+affinity is there. Which jobs, how long and how often: benchmarks.cells.JOBS. Of shapes too large for two copies in
+memory only ours is measured, with little memory.
 
-Figures: jobs/<shape>/<objective>[-in-<memory>]/<ours|naive>/<seconds|peak_anonymous>, .../ours/<phase> in seconds,
-.../<steps|layer>.
+Figures: jobs/<shape>/<objective>/<place>/<free|3GB ...>/<ours|naive>/<seconds|peak_anonymous>, .../ours/<phase> in
+seconds, .../<steps|layer>, and .../residency/<whole|suffix|streamed> for the one that the plan chose.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Final
 
 from transformers import AutoTokenizer
 
+from benchmarks.cells import Job, jobs_of
 from benchmarks.figures import Figures
 from benchmarks.hooks import affinity
 from benchmarks.measure import PeakMemory, timed
@@ -30,7 +32,6 @@ from benchmarks.naive import Naive
 from benchmarks.setting import (
     BATCH_SIZE,
     LENGTH,
-    Objective,
     Setting,
     method_of,
     texts,
@@ -45,17 +46,10 @@ from seuf_core.method import Method
 from seuf_core.observer import Silent
 from seuf_core.unlearning.terms import TrainingData
 
-# Objective, and the memory that the job may use ("" = what is free).
-CASES: Final[tuple[tuple[Objective, str], ...]] = (
-    ("rmu", ""), ("npo", ""), ("rmu", "3GB"), ("npo", "10GB"), ("npo", "4GB"),
-)  # fmt: skip
-LARGE: Final = ("olmoe-1b-7b", "qwen1.5-moe-a2.7b", "deepseek-v2-lite", "qwen3-30b-a3b")
-EPOCHS: Final = 5
-EXAMPLES: Final = 64  # of each set, half of them for training
 # Two experts that are even are even: bf16 may decide between them.
 CHOICE: Final = 0.98
 ATTRIBUTION_TOKENS: Final = 2048  # of a batch of the naive attribution
-REPEATS: Final = 3
+SMALL_EXAMPLES: Final = 16
 
 
 @dataclass(frozen=True)
@@ -70,40 +64,37 @@ class JobFiles:
 
 @dataclass(frozen=True)
 class Done:
-    """What one process took. target: decoder layer and expert."""
+    """What one process took. target: decoder layer and expert; residency: what ours' plan chose."""
 
     seconds: float
     peak: int
     target: tuple[int, int]
     phases: dict[str, float] = field(default_factory=dict)
+    residency: str = ""
 
 
 def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
     """Measure every job that is not there yet."""
     for shape in setting.shapes:
-        for objective, memory in CASES:
-            limited = f"-in-{memory}" if memory else ""
-            prefix = f"jobs/{shape}/{objective}{limited}"
-            # A limit says something only of a model that is larger.
-            if f"{prefix}/ours/seconds" in figures or (memory and shape not in LARGE):
+        for job in jobs_of(shape):
+            prefix = f"jobs/{shape}/{job.objective}/{job.place}/{job.memory or 'free'}"
+            if f"{prefix}/ours/seconds" in figures:
                 continue
             with tempfile.TemporaryDirectory(dir=setting.folder) as work:
-                files = _files(setting, shape, Path(work))
-                _measure(setting, figures, prefix, files, _method(files, objective), memory)
+                _measure(setting, figures, prefix, job, _files(setting, shape, job, Path(work)))
             save()
 
 
-def _measure(
-    setting: Setting, figures: Figures, prefix: str, files: JobFiles, method: Method, memory: str
-) -> None:
-    work, naive = files.forget.parent, not memory and room(files.model, "second")
+def _measure(setting: Setting, figures: Figures, prefix: str, job: Job, files: JobFiles) -> None:
+    method, out = _method(files, job), files.forget.parent / "out"
+    naive = job.naive if room(files.model, "second") else 0
     ours: list[Done] = []
     theirs: list[Done] = []
-    for number in range(min(REPEATS, setting.rounds) if naive else 1):
-        out = work / f"out-{number}"
-        ours.append(setting.apart(_ours, files, method, out, memory))
-        shutil.rmtree(out)
-        if naive:
+    for number in range(max(job.ours, naive)):
+        if number < job.ours:
+            ours.append(setting.apart(_ours, files, method, out, job.memory))
+            shutil.rmtree(out)
+        if number < naive:
             theirs.append(setting.apart(_naive, files, method, out, ours[0].target))
             shutil.rmtree(out)
     for way, done in (("ours", ours), ("naive", theirs)):
@@ -114,23 +105,23 @@ def _measure(
         figures.add(f"{prefix}/ours/{phase}", median(one.phases[phase] for one in ours), "s")
     figures.add(f"{prefix}/steps", method.steps, "steps")
     figures.add(f"{prefix}/layer", ours[0].target[0], "layer")
+    figures.add(f"{prefix}/residency/{ours[0].residency}", 1, "chosen")
 
 
-def _files(setting: Setting, shape: str, work: Path) -> JobFiles:
-    model = setting.checkpoint(shape, sharp_layer=setting.layers(shape)["middle"])
-    number = EXAMPLES if setting.size == "full" else 16
+def _files(setting: Setting, shape: str, job: Job, work: Path) -> JobFiles:
+    model = setting.checkpoint(shape, sharp_layer=setting.layers(shape)[job.place])
+    number = job.examples if setting.size == "full" else SMALL_EXAMPLES
     vocabulary = setting.vocabulary(shape)
-    return JobFiles(
-        model,
-        write_texts(work / "forget.jsonl", texts(vocabulary, number, LENGTH, seed=1)),
-        write_texts(work / "retain.jsonl", texts(vocabulary, number, LENGTH, seed=2)),
-        write_probes(work / "evaluation.jsonl", vocabulary),
+    forget, retain = (
+        write_texts(work / f"{side}.jsonl", texts(vocabulary, number, LENGTH, seed), "answers")
+        for side, seed in (("forget", 1), ("retain", 2))
     )
+    return JobFiles(model, forget, retain, write_probes(work / "evaluation.jsonl", vocabulary))
 
 
-def _method(files: JobFiles, objective: Objective) -> Method:
-    train = _inputs(files, method_of(objective)).forget.train
-    return method_of(objective, steps=math.ceil(EPOCHS * len(train) / BATCH_SIZE))
+def _method(files: JobFiles, job: Job) -> Method:
+    train = _inputs(files, method_of(job.objective)).forget.train
+    return method_of(job.objective, steps=math.ceil(job.epochs * len(train) / BATCH_SIZE))
 
 
 def _inputs(files: JobFiles, method: Method) -> Inputs:
@@ -152,7 +143,14 @@ def _ours(files: JobFiles, method: Method, out: Path, memory: str) -> Done:
             )
         )
     (target,) = result.selection
-    return Done(seconds, peak.device or peak.anonymous, (target["layer"], target["expert"]), result.seconds)
+    assert result.plan is not None
+    return Done(
+        seconds,
+        peak.device or peak.anonymous,
+        (target["layer"], target["expert"]),
+        result.seconds,
+        result.plan["residency"],
+    )
 
 
 def _naive(files: JobFiles, method: Method, out: Path, target: tuple[int, int]) -> Done:

@@ -25,6 +25,9 @@ SAMPLE_SECONDS: Final = 0.01
 # A variant that takes less is run again and again in its turn: a job runs its steps one after another too, and the
 # first one after another variant's finds the processor's caches full of that.
 TURN_SECONDS: Final = 0.3
+# Fewer rounds than were asked for, where they would take longer than this: beside turns of ten seconds noise is small.
+LEAST_ROUNDS: Final = 2
+LIMIT_SECONDS: Final = 35.0
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,25 @@ class Variant:
     around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def interleaved(variants: Mapping[str, Variant], rounds: int, turn: float = TURN_SECONDS) -> dict[str, float]:
-    """Median seconds of a call of each variant, taken in turn `rounds` times after a turn that does not count.
+def interleaved(
+    variants: Mapping[str, Variant], rounds: int, turn: float = TURN_SECONDS, limit: float = LIMIT_SECONDS
+) -> dict[str, float]:
+    """Median seconds of a call of each variant, called in turn: what else the machine does slows all of them alike.
 
-    What else the machine does then slows all of them alike.
+    Each was called before, so that nothing is done for the first time here.
+
+    Args:
+        rounds: turns of each variant. turn: seconds for which a variant is called again and again in its turn.
+        limit: seconds; a round that would end later does not begin, but LEAST_ROUNDS do.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(1 + rounds):
+    began = time.monotonic()
+    for number in range(rounds):
+        if number >= LEAST_ROUNDS and (time.monotonic() - began) * (number + 1) / number > limit:
+            break
         for name, variant in variants.items():
             with variant.around():
-                taken = _turn(variant.call, turn)
-            if number:
-                seconds[name] += taken
+                seconds[name] += _turn(variant.call, turn)
     return {name: median(all_of) for name, all_of in seconds.items()}
 
 
@@ -113,8 +123,14 @@ class PeakMemory:
 
 
 def in_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`function(...)` in a fresh process, so that its memory is its own. It must be importable by name."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """`function(...)` in a fresh process, so that its memory is its own. It must be importable by name.
+
+    It is forked from a server that has imported the libraries, which takes seconds, and done nothing else. What has
+    looked for a GPU cannot be forked, so where there is one they are imported each time.
+    """
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 

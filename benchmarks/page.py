@@ -1,4 +1,7 @@
-"""docs/results/performance.md and its plots, made from the figures and nothing else."""
+"""docs/results/performance.md and its plots, made from the figures and nothing else.
+
+python -m benchmarks.page    # writes them again, of every device that was measured on
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import glance
 from benchmarks.figures import Figures, markdown_table
 from benchmarks.plots import bars_svg, lines_svg
 from benchmarks.prose import INTRODUCTION, SECTIONS
+from benchmarks.units import percent, seconds, share, size, times
 
+RESULTS: Final = Path(__file__).parent.parent / "docs" / "results"
 # An exponent is fitted to medians of a machine that does other things too.
 EXPONENT_SLACK: Final = 0.1
 UNITS: Final = ("seconds", "bytes")
@@ -21,11 +27,14 @@ def stem(environment: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, figures: Figures) -> None:
-    """The page and every plot for which there are figures."""
-    name = stem(figures.environment)
-    pictures = plots(figures)
-    for picture, svg in pictures.items():
-        (folder / f"{name}-{picture}.svg").write_text(svg)
+    """The page and every plot for which there are figures; a plot for which there are none any more goes."""
+    name, pictures = stem(figures.environment), plots(figures)
+    for key in SECTIONS:
+        picture = folder / f"{name}-{key}.svg"
+        if key in pictures:
+            picture.write_text(pictures[key])
+        else:
+            picture.unlink(missing_ok=True)
     (folder / f"{name}.md").write_text(text(figures))
 
 
@@ -44,8 +53,8 @@ def plots(figures: Figures) -> dict[str, str]:
     """Section -> SVG."""
     made = {}
     factors = {
-        f"{shape}, {objective}, {place}": figures[f"{prefix}/n1"] / figures[f"{prefix}/ours"]
-        for prefix, (shape, objective, place, router) in _cells(figures)
+        f"{shape}, {objective}, {labels}, {place}": figures[f"{prefix}/n1"] / figures[f"{prefix}/ours"]
+        for prefix, (shape, objective, place, router, labels) in _cells(figures)
         if router == "freeze"
     }
     if factors:
@@ -60,25 +69,25 @@ def _environment(environment: Mapping[str, Any]) -> str:
 
 
 def _cells(figures: Figures) -> list[tuple[str, tuple[str, ...]]]:
-    """steps/<shape>/<objective>/<place>/<router> of each cell, and its parts."""
+    """steps/<shape>/<objective>/<place>/<router>/<labels> of each cell, and its parts."""
     prefixes = [name.removesuffix("/ours") for name in figures.names("steps/") if name.endswith("/ours")]
     return [(prefix, tuple(prefix.split("/")[1:])) for prefix in prefixes]
 
 
 def _steps(figures: Figures) -> str:
     rows = []
-    for prefix, (shape, objective, place, router) in _cells(figures):
+    for prefix, (shape, objective, place, router, labels) in _cells(figures):
         ours, n1, n0, floor = (figures.get(f"{prefix}/{way}") for way in ("ours", "n1", "n0", "floor"))
         assert ours is not None
         flops = figures.get(f"{prefix}/floor_flops")
         rows.append(
             [
-                f"{shape}, {objective}, {place}{', router trained' if router == 'train' else ''}",
-                *(_seconds(value) for value in (n0, n1, ours)),
-                *(_times(value and value / ours) for value in (n0, n1)),
-                _share(floor and floor / ours),
+                f"{shape}, {objective}, {labels}, {place}{', router trained' if router == 'train' else ''}",
+                *(seconds(value) for value in (n0, n1, ours)),
+                *(times(value and value / ours) for value in (n0, n1)),
+                share(floor and floor / ours),
                 f"{flops / floor / 1e9:.0f}" if flops and floor else "",
-                _seconds(figures.get(f"{prefix}/prepare")),
+                seconds(figures.get(f"{prefix}/prepare")),
             ]
         )
     columns = (
@@ -100,7 +109,7 @@ def _memory(figures: Figures) -> str:
     rows = [
         [
             ", ".join(job.split("/")[1:]),
-            *(_bytes(figures.get(f"{job}/{way}")) for way in ("n0", "n1", "ours")),
+            *(size(figures.get(f"{job}/{way}")) for way in ("n0", "n1", "ours")),
         ]
         for job in jobs
     ]
@@ -115,8 +124,8 @@ def _attribution(figures: Figures) -> str:
             [
                 f"{shape}, {kind}",
                 f"{figures[f'{way}/tokens_per_second']:.0f}",
-                _bytes(figures.get(f"{way}/peak_anonymous")),
-                _bytes(figures.get(f"{way}/peak_resident")),
+                size(figures.get(f"{way}/peak_anonymous")),
+                size(figures.get(f"{way}/peak_resident")),
                 f"{figures[f'{way}/batch']:.0f}" if f"{way}/batch" in figures else "",
             ]
         )
@@ -131,12 +140,12 @@ def _writing(figures: Figures) -> str:
         rows.append(
             [
                 f"{shape}, {kind}",
-                _seconds(figures.get(f"{way}/seconds")),
-                _seconds(figures.get(f"{way}/durable")),
-                _bytes(figures.get(f"{way}/bytes")),
-                _bytes(figures.get(f"{way}/anonymous")),
-                _times(figures.get(f"{way}/times")),
-                _share(figures.get(f"{way}/share"), digits=3),
+                seconds(figures.get(f"{way}/seconds")),
+                seconds(figures.get(f"{way}/durable")),
+                size(figures.get(f"{way}/bytes")),
+                size(figures.get(f"{way}/anonymous")),
+                times(figures.get(f"{way}/times")),
+                percent(figures.get(f"{way}/share")),
             ]
         )
     columns = ("way", "s", "s to the disk", "written", "memory", "over save_pretrained", "of the model")
@@ -150,27 +159,28 @@ def _jobs(figures: Figures) -> str:
             continue
         job = name.removesuffix("/ours/seconds")
         ours, naive = figures[name], figures.get(f"{job}/naive/seconds")
+        _, shape, objective, place, memory = job.split("/")
         phases = ("attributing", "unlearning", "evaluating", "publishing")
         rows.append(
             [
-                ", ".join(job.split("/")[1:]),
-                f"{figures[f'{job}/layer']:.0f}",
+                f"{shape}, {objective}, {place}{'' if memory == 'free' else f', in {memory}'}",
                 f"{figures[f'{job}/steps']:.0f}",
-                *(_seconds(value) for value in (naive, ours)),
-                _times(naive and naive / ours),
-                *(_bytes(figures.get(f"{job}/{way}/peak_anonymous")) for way in ("naive", "ours")),
-                ", ".join(_seconds(figures.get(f"{job}/ours/{phase}")) or "0" for phase in phases),
+                *(seconds(value) for value in (naive, ours)),
+                times(naive and naive / ours),
+                *(size(figures.get(f"{job}/{way}/peak_anonymous")) for way in ("naive", "ours")),
+                ", ".join(chosen.rsplit("/", 1)[1] for chosen in figures.names(f"{job}/residency/")),
+                ", ".join(seconds(figures.get(f"{job}/ours/{phase}")) or "0" for phase in phases),
             ]
         )
     columns = (
         "job",
-        "layer",
         "steps",
         "naive s",
         "ours s",
         "times",
         "naive memory",
         "ours memory",
+        "in memory",
         "ours by phase, s",
     )
     return markdown_table(columns, rows) if rows else ""
@@ -215,6 +225,7 @@ def _plan(figures: Figures) -> str:
 
 
 TABLES: Final[dict[str, Callable[[Figures], str]]] = {
+    "glance": glance.table,
     "steps": _steps,
     "memory": _memory,
     "attribution": _attribution,
@@ -225,19 +236,6 @@ TABLES: Final[dict[str, Callable[[Figures], str]]] = {
 }
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if value < 1 else f"{value:.1f}"
-
-
-def _bytes(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}x" if value >= 10 else f"{value:.1f}x"
-
-
-def _share(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}%}" if digits > 2 else f"{value:.2f}"
+if __name__ == "__main__":
+    for measured in RESULTS.glob("performance*.json"):
+        write(RESULTS, Figures.read(measured))

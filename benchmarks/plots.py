@@ -11,8 +11,8 @@ from seuf_core.attribution.heatmap import FONT, INK, MUTED
 
 COLOURS: Final = ("#1b7f79", "#d1602f", "#4a5fb5", "#8a6d1f", "#8f3f7a", "#5b6675")
 GRID: Final = "#e3e5e8"
-WIDTH: Final = 720
-LEFT: Final = 250  # px of the bars' labels
+WIDTH: Final = 780
+LEFT: Final = 310  # px of the bars' labels
 ROW: Final = 22
 TOP: Final = 44
 PANEL: Final = 220  # px of a line plot's side

@@ -12,7 +12,8 @@ Made by `make benchmark-speed` from [{name}.json]({name}.json); change nothing h
 Models have random weights at the shapes of published ones (`benchmarks/shapes.py`): how long a step takes does not
 depend on what a model knows. `olmoe-125m` (float32) and `qwen2-moe-1b` (bfloat16) are small models of ours. Every
 ratio is of one run: both ways take turns on the same machine, and the medians are compared. A step sees 4 forget and
-4 retain texts of 64 tokens; one expert is trained.
+4 retain sequences of 64 tokens; one expert is trained. *Texts* are running texts, all of whose tokens but the first are
+labels. *Answers* are prompts of 32 tokens with answers of 32, and only the answer's tokens are labels.
 
 *Naive* is the ordinary way, the whole model and a second, frozen one in memory. **N1** is careful: all is frozen but
 the fused experts of the target layer, a mask keeps the gradient of the target expert, experts are multiplied in groups,
@@ -26,32 +27,42 @@ Machine: {environment}.
 
 # Section -> title, what its table says.
 SECTIONS: Final[dict[str, tuple[str, str]]] = {
+    "glance": (
+        "At a glance",
+        """
+*Times as fast*: as N1, the careful naive way; for attribution as `from_pretrained` with hooks, for writing as
+`save_pretrained`. *N0*: the usual naive way, where it fits. *Memory*: peak anonymous memory, of steps at the
+middle layer, and *otherwise* the same of the other way. Empty: not measured, or there is no room for the other way.
+""",
+    ),
     "steps": (
         "Training steps",
         """
 `ARGS="--only steps"`. Seconds of one step when an expert of an early, a middle or a late layer is trained; with its
 router frozen, as the default has it, or trained, as the paper has it. RMU stops at the target layer, and everything
 below it is a constant: its step is one expert on the tokens that it sees, at any depth. Losses over logits need the
-layers above the target. *Of the floor*: the share of the step that is matrix products which no exact method can do
-without, forward and backward through these layers and the head, measured beside it on the same weights; *floor
-GFLOP/s* is the rate that the machine reaches on them. *Constants*: seconds before the first step, once a job.
+layers above the target, of the last one only attention at every token. *Of the floor*: the share of the step that is
+matrix products which no exact method can do without, forward and backward through these layers and the head, measured
+beside it on the same weights; *floor GFLOP/s* is the rate that the machine reaches on them. *Constants*: seconds before
+the first step, once a job.
 """,
     ),
     "memory": (
         "Memory of training",
         """
-`ARGS="--only steps"`. Peak anonymous memory of a process that opens the model, as each way does, and trains an expert
-of the middle layer. Ours holds the target layer, and for losses over logits the layers above it. An empty cell: it
-does not fit on this machine.
+`ARGS="--only steps"`. On texts. Peak anonymous memory of a process that opens the model, as each way does, and trains
+an expert of the middle layer. Ours holds the target layer, and for losses over logits the layers above it. An empty
+cell: it does not fit on this machine.
 """,
     ),
     "attribution": (
         "Attribution",
         """
-`ARGS="--only attribution"`. Scoring every expert on 64 texts of 256 tokens, loading the model included. *Streamed*
-(ours) reads one layer after the other and takes all texts through it; *resident* is `from_pretrained` with hooks at
-the best of three batch sizes. Both must give the same scores. Anonymous memory is what the process owns; the
-other column counts the pages of mapped files too, which the system may drop.
+`ARGS="--only attribution"`. Scoring every expert on 64 texts of 256 tokens, on 32 where the model is large, loading
+included. *Streamed* (ours) reads one layer after the other and takes all texts through it; *resident* is
+`from_pretrained` with hooks at the best of three batch sizes, of two where the model is large. Both must give the same
+scores. Anonymous memory is what the process owns; the other column counts the pages of mapped files too, which the
+system may drop.
 """,
     ),
     "writing": (
@@ -66,16 +77,18 @@ where nothing can be shared. *delta* is the file of the change alone. What was w
     "jobs": (
         "The whole job",
         """
-`ARGS="--only jobs"`. From files to files, 5 epochs. Ours attributes, trains, looks at a small evaluation set, measures,
-writes and verifies; the naive way loads two models, attributes with hooks, trains N1 and calls `save_pretrained`, and
-looks at nothing. Both choose the same expert. *In 4GB* and the like: what the job was allowed to use; its plan then
-decides which layers stay in memory. *By phase*: attributing, unlearning, evaluating, publishing.
+`ARGS="--only jobs"`. From files to files, on prompts with answers: 5 epochs, with *in 10GB* and *in 4GB* one. Ours
+attributes, trains, looks at a small evaluation set, measures, writes and verifies; the naive way loads two models,
+attributes with hooks, trains N1 and calls `save_pretrained`, and looks at nothing. Both choose the same expert. *In
+3GB* and the like: what the job was allowed to use. *In memory*: what its plan therefore keeps while it trains, the
+whole model, the suffix from the target layer on, or, streamed, the target layer alone. *By phase*: attributing,
+unlearning, evaluating, publishing.
 """,
     ),
     "scaling": (
         "What it grows with",
         """
-`ARGS="--only scaling"`. `olmoe-125m` with one size doubled again and again. The exponent is that of the power which
+`ARGS="--only scaling"`. `olmoe-125m` of 4 layers with one size doubled twice. The exponent is that of the power which
 fits the medians best: 0 = does not grow, 1 = doubles when the size doubles. *At most* is what the arithmetic says:
 an RMU step does not depend on depth; a token sees as many experts however many there are, but each is read once;
 attention grows with the square of the length. Bytes are what the process grew by.

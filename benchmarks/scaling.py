@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -19,7 +20,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks.figures import Figures
-from benchmarks.measure import PeakMemory, exponent, timed
+from benchmarks.measure import PeakMemory, Variant, exponent, timed
 from benchmarks.ours import Ours
 from benchmarks.setting import LENGTH, Objective, Setting, Targets, encoded, method_of, training_data
 from benchmarks.shapes import SHAPES
@@ -31,9 +32,7 @@ from seuf_core.families import family_of
 from seuf_core.job import load
 
 SHAPE: Final = "olmoe-125m"
-REPEATS: Final = 3
-WARM_UP: Final = 2  # steps
-STEPS: Final = 8
+REPEATS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ class Point:
     length: int
 
 
-BASE: Final = {"full": Point(8, 32, 32, LENGTH), "small": Point(4, 8, 8, 16)}
+BASE: Final = {"full": Point(4, 32, 32, LENGTH), "small": Point(4, 8, 8, 16)}
 AXES: Final[dict[str, dict[str, tuple[int, ...]]]] = {
     "full": {
-        "layers": (4, 8, 16, 32),
-        "experts": (16, 32, 64, 128),
-        "examples": (32, 64, 128, 256),
-        "length": (32, 64, 128, 256),
+        "layers": (4, 8, 16),
+        "experts": (16, 32, 64),
+        "examples": (32, 64, 128),
+        "length": (32, 64, 128),
     },
     "small": {"layers": (2, 4), "experts": (4, 8), "examples": (8, 16), "length": (8, 16)},
 }
@@ -129,10 +128,11 @@ def _step(setting: Setting, point: Point, objective: Objective, targets: Targets
     with PeakMemory() as peak:
         view, _ = load(folder, hold=())
         view.weights.hold((layer,) if objective == "rmu" else range(layer, view.num_layers))
-        ours = Ours(view, method, data, targets)
+        ours, numbers = Ours(view, method, data, targets), count()
         with ours.attached():
-            seconds = [timed(lambda number=number: ours.step(number))[0] for number in range(WARM_UP + STEPS)]  # type: ignore[misc]
-    return median(seconds[WARM_UP:]), peak.anonymous - peak.before
+            ours.step(next(numbers))
+            seconds = setting.medians({"step": Variant(lambda: ours.step(next(numbers)))})["step"]
+    return seconds, peak.anonymous - peak.before
 
 
 def _rmu_step(setting: Setting, point: Point, targets: Targets) -> tuple[float, int]:

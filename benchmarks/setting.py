@@ -13,7 +13,7 @@ from typing import Final, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
-from benchmarks.measure import TURN_SECONDS, Variant, in_process, interleaved
+from benchmarks.measure import LIMIT_SECONDS, TURN_SECONDS, Variant, in_process, interleaved
 from benchmarks.shapes import SHAPES, TINY_LAYERS, tiny_fields, write_shape
 from seuf_core.attribution.scores import score_experts
 from seuf_core.data.batches import Encoded
@@ -27,8 +27,12 @@ Targets = dict[int, tuple[int, ...]]
 Size = Literal["full", "small"]
 Objective = Literal["rmu", "npo", "gradient_difference"]
 Router = Literal["freeze", "train"]
+Place = Literal["early", "middle", "late"]
+# Which tokens of a sequence are labels: of a running text all but the first, of a prompt with its answer the answer,
+# which is the second half here.
+Labels = Literal["texts", "answers"]
 
-# A step sees 4 forget and 4 retain texts of 64 tokens: 512 tokens, of which all but the first of a text are labels.
+# A step sees 4 forget and 4 retain sequences of 64 tokens: 512 tokens.
 BATCH_SIZE, LENGTH = 4, 64
 EXAMPLES: Final = 32  # of each set: an epoch is 8 steps
 RMU_COEFFICIENT: Final = 20.0
@@ -39,18 +43,19 @@ class Setting:
     """What is measured on.
 
     folder: of the checkpoints. shapes: names in benchmarks.shapes. size: "small" makes every model tiny, for a test of
-    the benchmark itself. rounds: how often interleaved variants take their turn. objectives: of the steps.
+    the benchmark itself. rounds: how often interleaved variants take their turn at most. objectives: of the steps.
     """
 
     folder: Path
     shapes: tuple[str, ...] = ("olmoe-125m", "qwen2-moe-1b", "olmoe-1b-7b")
     size: Size = "full"
-    rounds: int = 5
+    rounds: int = 3
     objectives: tuple[Objective, ...] = get_args(Objective)
 
     def medians(self, variants: Mapping[str, Variant]) -> dict[str, float]:
         """Seconds a call of each variant: see benchmarks.measure.interleaved."""
-        return interleaved(variants, self.rounds, TURN_SECONDS if self.size == "full" else 0.0)
+        turn, limit = (TURN_SECONDS, LIMIT_SECONDS) if self.size == "full" else (0.0, 0.0)
+        return interleaved(variants, self.rounds, turn, limit)
 
     def apart(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function(...)` in a process of its own; of size small in this one, where only its result matters."""
@@ -115,28 +120,42 @@ def _busiest(folder: Path, vocab_size: int) -> dict[int, int]:
 
 
 def texts(vocab_size: int, number: int, length: int, seed: int) -> list[list[int]]:
-    """Random running texts as token ids."""
+    """Random sequences of token ids."""
     source = random.Random(seed)
     return [[source.randrange(3, vocab_size) for _ in range(length)] for _ in range(number)]
 
 
-def encoded(vocab_size: int, number: int, length: int, seed: int) -> list[Encoded]:
-    """The same as sequences, all of whose tokens but the first are labels."""
-    return [Encoded(ids, 1, truncated=False) for ids in texts(vocab_size, number, length, seed)]
+def labels_from(length: int, labels: Labels) -> int:
+    """Position of a sequence's first label."""
+    return 1 if labels == "texts" else length // 2
 
 
-def training_data(vocab_size: int, number: int = EXAMPLES, length: int = LENGTH) -> TrainingData:
+def encoded(vocab_size: int, number: int, length: int, seed: int, labels: Labels = "texts") -> list[Encoded]:
+    """The same as sequences with labels."""
+    first = labels_from(length, labels)
+    return [Encoded(ids, first, truncated=False) for ids in texts(vocab_size, number, length, seed)]
+
+
+def training_data(
+    vocab_size: int, number: int = EXAMPLES, length: int = LENGTH, labels: Labels = "texts"
+) -> TrainingData:
     """Forget and retain examples of a benchmark's step."""
-    return TrainingData(
-        encoded(vocab_size, number, length, seed=1), encoded(vocab_size, number, length, seed=2)
-    )
+    forget, retain = (encoded(vocab_size, number, length, seed, labels) for seed in (1, 2))
+    return TrainingData(forget, retain)
 
 
-def write_texts(path: Path, ids: list[list[int]]) -> Path:
+def write_texts(path: Path, ids: list[list[int]], labels: Labels = "texts") -> Path:
     """A set as a job reads it, in the words of benchmarks.shapes.tokenizer."""
-    lines = (json.dumps({"text": " ".join(f"t{token}" for token in text)}) for text in ids)
+    lines = (json.dumps(_record([f"t{token}" for token in one], labels)) for one in ids)
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _record(words: list[str], labels: Labels) -> dict[str, str]:
+    if labels == "texts":
+        return {"text": " ".join(words)}
+    first = labels_from(len(words), labels)
+    return {"prompt": " ".join(words[:first]), "completion": " ".join(words[first:])}
 
 
 def write_probes(path: Path, vocab_size: int) -> Path:

@@ -18,7 +18,6 @@ from benchmarks import attribution, jobs, page, plan, scaling, steps, writing
 from benchmarks.figures import Figures, environment
 from benchmarks.setting import Setting, Size
 
-RESULTS: Final = Path(__file__).parent.parent / "docs" / "results"
 SHAPES: Final = Path("build") / "shapes"
 
 
@@ -83,8 +82,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", choices=get_args(Size), default="full", help="small: tiny models, for a test"
     )
-    parser.add_argument("--rounds", type=int, default=Setting.rounds, help="turns of each variant")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the figures and the page")
+    parser.add_argument("--rounds", type=int, default=Setting.rounds, help="turns of each variant at most")
+    parser.add_argument("--out", type=Path, default=page.RESULTS, help="folder of the figures and the page")
     parser.add_argument(
         "--shapes", type=Path, default=SHAPES, help="folder of the checkpoints; they stay there"
     )

@@ -4,16 +4,16 @@ All ways take turns in one process on one model in memory, so that what else the
 Before the clock starts their first steps must give the same loss; in fp32 the trained expert must end the same.
 Memory is measured in a process for each way, which opens the model as that way does and takes a few steps.
 
-Figures: steps/<shape>/<objective>/<early|middle|late>/<freeze|train>/<ours|n1|n0|floor> in seconds a step,
-.../prepare the seconds before ours' first step, .../agreement the relative difference of the trained expert's change,
-memory/<shape>/<objective>/<ours|n1|n0> in bytes.
+Figures: steps/<shape>/<objective>/<early|middle|late>/<freeze|train>/<texts|answers>/<ours|n1|n0|floor> in seconds a
+step, .../prepare the seconds before ours' first step, .../agreement (fp32) the relative difference of the trained
+expert's change, memory/<shape>/<objective>/<ours|n1|n0> in bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from benchmarks.cells import Steps, steps_of
 from benchmarks.figures import Figures
 from benchmarks.floor import Products
 from benchmarks.measure import PeakMemory, Variant, available_bytes, timed
@@ -29,9 +30,11 @@ from benchmarks.ours import Ours
 from benchmarks.setting import (
     BATCH_SIZE,
     LENGTH,
+    Labels,
     Objective,
-    Router,
+    Place,
     Setting,
+    labels_from,
     method_of,
     training_data,
 )
@@ -42,16 +45,13 @@ from seuf_core.method import Method
 from seuf_core.moe.view import MoEView, expert_parameters, moe_view
 from seuf_core.unlearning.terms import Terms, TrainingData
 
-# The published recipe trains the router too; once a shape is enough to see what it costs.
-CELLS: Final[list[tuple[str, Router]]] = [
-    ("early", "freeze"), ("middle", "freeze"), ("late", "freeze"), ("middle", "train"),
-]  # fmt: skip
 # Relative differences between ours and naive: of the first loss, by dtype; of an expert's change, in fp32. AdamW makes
 # a step of the same length of every gradient, those that are rounding noise too.
 LOSS_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 CHANGE_TOLERANCE: Final = 0.02
-STEPS_COMPARED: Final = 2
-MEMORY_STEPS: Final = 3
+# Steps before the clock starts. In bf16 N1's optimiser loses small updates, so that only the first loss is compared.
+STEPS_COMPARED: Final = {torch.float32: 2, torch.bfloat16: 1}
+MEMORY_STEPS: Final = 2
 # Of memory that is there, what a way of doing it may plan to use: copies of the model that are in memory together.
 ROOM: Final = 0.85
 COPIES: Final = {"second": 2.4, "n0": 6.5}
@@ -66,35 +66,47 @@ class Models:
     everything: MoEView | None
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One row's step at one place."""
+
+    shape: str
+    row: Steps
+    place: Place
+
+    @property
+    def prefix(self) -> str:
+        """Of its figures."""
+        return f"steps/{self.shape}/{self.row.objective}/{self.place}/{self.row.router}/{self.row.labels}"
+
+
 def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
     """Measure every cell that is not there yet."""
     for shape in setting.shapes:
-        cells = [
-            (objective, place, router)
-            for (place, router), objective in product(CELLS, setting.objectives)
-            if f"steps/{shape}/{objective}/{place}/{router}/ours" not in figures
-        ]
-        if cells:
-            models = _models(setting, shape)
-            for objective, place, router in cells:
-                _cell(setting, figures, models, shape, objective, place, router)
+        rows = [row for row in steps_of(shape) if row.objective in setting.objectives]
+        cells = [Cell(shape, row, place) for row in rows for place in row.places]
+        if missing := [cell for cell in cells if f"{cell.prefix}/ours" not in figures]:
+            models = _models(setting, shape, any(cell.row.n0 for cell in missing))
+            for cell in missing:
+                _cell(setting, figures, models, cell)
                 save()
             del models
-        for objective, way in product(setting.objectives, ("ours", "n1", "n0")):
-            name = f"memory/{shape}/{objective}/{way}"
-            if name not in figures and _fits(setting, shape, way):
-                targets = setting.target(shape, setting.layers(shape)["middle"])
-                peak = setting.apart(_memory, setting, shape, objective, way, targets)
-                figures.add(name, peak, "bytes")
-                save()
+        for objective in dict.fromkeys(row.objective for row in rows):
+            for way in ("ours", "n1", "n0"):
+                name = f"memory/{shape}/{objective}/{way}"
+                if name not in figures and _fits(setting, shape, way):
+                    targets = setting.target(shape, setting.layers(shape)["middle"])
+                    peak = setting.apart(_memory, setting, shape, objective, way, targets)
+                    figures.add(name, peak, "bytes")
+                    save()
 
 
-def _models(setting: Setting, shape: str) -> Models:
+def _models(setting: Setting, shape: str, n0: bool) -> Models:
     folder = setting.checkpoint(shape)
     return Models(
         whole(folder),
         whole(folder) if room(folder, "second") else None,
-        whole(folder) if room(folder, "n0") else None,
+        whole(folder) if n0 and room(folder, "n0") else None,
     )
 
 
@@ -119,19 +131,11 @@ def _fits(setting: Setting, shape: str, way: str) -> bool:
     return way == "ours" or room(setting.checkpoint(shape), "second" if way == "n1" else way)
 
 
-def _cell(
-    setting: Setting,
-    figures: Figures,
-    models: Models,
-    shape: str,
-    objective: Objective,
-    place: str,
-    router: Router,
-) -> None:
-    method = method_of(objective, router=router)
-    data = training_data(setting.vocabulary(shape))
-    targets = setting.target(shape, setting.layers(shape)[place])
-    prefix = f"steps/{shape}/{objective}/{place}/{router}"
+def _cell(setting: Setting, figures: Figures, models: Models, cell: Cell) -> None:
+    row, shape, prefix = cell.row, cell.shape, cell.prefix
+    method = method_of(row.objective, router=row.router)
+    data = training_data(setting.vocabulary(shape), labels=row.labels)
+    targets = setting.target(shape, setting.layers(shape)[cell.place])
     base = _target_rows(models.view, targets)
     prepare, ours = timed(lambda: Ours(models.view, method, data, targets))
     reference = (models.reference or models.view).model
@@ -139,28 +143,31 @@ def _cell(
     n1 = Naive(models.view, reference, method, data, targets, rate)
     ways: dict[str, Any] = {"ours": ours, "n1": n1}
     steps: dict[str, Callable[[int], Terms]] = {"ours": ours.step, "n1": on_batches(n1, method, data)}
-    if models.everything:
+    if row.n0 and models.everything:
         # At rate 0 it does all the work and stays the base, so that its loss can be checked in every cell.
         ways["n0"] = Naive(models.everything, reference, method, data, targets, 0.0, everything=True)
         steps["n0"] = on_batches(ways["n0"], method, data)
     agreement = _compared(ways, steps, method, models.view, base, targets)
-    numbers = {way: count(STEPS_COMPARED) for way in ways}
+    numbers = {way: count(STEPS_COMPARED[models.view.model.dtype]) for way in ways}
     variants = {way: Variant(_next(steps[way], numbers[way]), ways[way].attached) for way in ways}
-    if objective != "rmu":  # which has no suffix
-        products = _floor(models.view, max(targets))
+    if row.objective != "rmu":  # which has no suffix
+        products = _floor(models.view, max(targets), row.labels)
+        products()
         variants["floor"] = Variant(products)
         figures.add(f"{prefix}/floor_flops", products.flops, "flop")
     for way, seconds in setting.medians(variants).items():
         figures.add(f"{prefix}/{way}", seconds, "s")
     figures.add(f"{prefix}/prepare", prepare, "s")
-    figures.add(f"{prefix}/agreement", agreement, "share")
+    if agreement is not None:
+        figures.add(f"{prefix}/agreement", agreement, "share")
     for rows, before in zip(_target_rows(models.view, targets, copies=False), base, strict=True):
         rows.copy_(before)
 
 
-def _floor(view: MoEView, layer: int) -> Products:
-    tokens, labels = 2 * BATCH_SIZE * LENGTH, 2 * BATCH_SIZE * (LENGTH - 1)
-    return Products(view, range(layer + 1, view.num_layers), tokens, labels)
+def _floor(view: MoEView, layer: int, labels: Labels) -> Products:
+    sequences = 2 * BATCH_SIZE
+    predicted = sequences * (LENGTH - labels_from(LENGTH, labels))
+    return Products(view, range(layer + 1, view.num_layers), sequences * LENGTH, predicted)
 
 
 def on_batches(naive: Naive, method: Method, data: TrainingData) -> Callable[[int], Terms]:
@@ -195,27 +202,29 @@ def _compared(
     view: MoEView,
     base: list[torch.Tensor],
     targets: Targets,
-) -> float:
+) -> float | None:
     """Take the first steps of every way; their first losses must be one, and in fp32 the experts that come out.
 
-    Returns the relative difference between ours' and N1's change of the target experts.
+    Returns in fp32 the relative difference between ours' and N1's change of the target experts.
     """
     dtype, first = view.model.dtype, {}
     for way, step in steps.items():
         with ways[way].attached():
-            terms = [step(number) for number in range(STEPS_COMPARED)]
+            terms = [step(number) for number in range(STEPS_COMPARED[dtype])]
         first[way] = float(terms[0].total(method).detach())
     for way, loss in first.items():
         difference = abs(loss - first["n1"]) / abs(first["n1"])
         assert difference < LOSS_TOLERANCE[dtype], f"{way}: first loss {loss}, of N1 {first['n1']}"
+    if dtype != torch.float32:
+        return None
     ((index, (expert, *_)),) = targets.items()
     leaves = ways["ours"].leaves
     names = expert_parameters(view.layer(index), expert)
     mine = torch.cat([leaves[f"layers.{index}.experts.{expert}.{name}"].detach().flatten() for name in names])
-    theirs = torch.cat([rows.float().flatten() for rows in names.values()])
-    before = torch.cat([rows.float().flatten() for rows in base[: len(names)]])
+    theirs = torch.cat([rows.flatten() for rows in names.values()])
+    before = torch.cat([rows.flatten() for rows in base[: len(names)]])
     difference = float((mine - theirs).norm() / (theirs - before).norm())
-    assert dtype != torch.float32 or difference < CHANGE_TOLERANCE, f"changes differ by {difference}"
+    assert difference < CHANGE_TOLERANCE, f"changes differ by {difference}"
     return difference
 
 

@@ -28,6 +28,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.cells import LARGE
 from benchmarks.figures import Figures
 from benchmarks.measure import PeakMemory, timed
 from benchmarks.setting import Setting
@@ -44,6 +45,7 @@ from seuf_core.moe.view import moe_view
 Found = dict[str, tuple[float, str]]  # name -> value and unit
 Turn = dict[str, float]
 
+LARGE_ROUNDS: Final = 2
 SHARES: Final[dict[str, Share]] = {"first": "hardlink", "again": "hardlink", "copied": "copy"}
 
 
@@ -53,8 +55,9 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
         if f"writing/{shape}/delta/seconds" in figures:
             continue
         base, layer = setting.checkpoint(shape), setting.layers(shape)["middle"]
+        rounds = min(setting.rounds, LARGE_ROUNDS) if shape in LARGE else setting.rounds
         with TemporaryDirectory(dir=setting.folder) as scratch:
-            for name, (value, unit) in measure_writing(base, Path(scratch), layer, setting.rounds).items():
+            for name, (value, unit) in measure_writing(base, Path(scratch), layer, rounds).items():
                 figures.add(f"writing/{shape}/{name}", value, unit)
         save()
 

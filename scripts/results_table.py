@@ -1,7 +1,7 @@
-"""Write the README's table from docs/results/demo.json, so that it cannot say anything else.
+"""Write the README's tables from docs/results/demo.json and performance.json, so that they cannot say anything else.
 
 python scripts/results_table.py          # writes
-python scripts/results_table.py --check  # exit code 1 when the table is out of date
+python scripts/results_table.py --check  # exit code 1 when a table is out of date
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.figures import Figures
+from benchmarks.glance import readme_table
+
 ROOT = Path(__file__).parent.parent
-FIGURES, README = ROOT / "docs" / "results" / "demo.json", ROOT / "README.md"
-BEGIN, END = "<!-- table: python scripts/results_table.py -->", "<!-- end of table -->"
+RESULTS, README = ROOT / "docs" / "results", ROOT / "README.md"
+END = "<!-- end of table -->"
 COLUMNS = {
     "base": "base",
     "unlearned": "**unlearned**",
@@ -26,9 +29,10 @@ ROWS = [
 ]
 
 
-def table() -> str:
-    """The Markdown table."""
-    figures = {figure["name"]: figure["value"] for figure in json.loads(FIGURES.read_text())["figures"]}
+def demo() -> str:
+    """What the demo's job did, as a Markdown table."""
+    rows = json.loads((RESULTS / "demo.json").read_text())["figures"]
+    figures = {figure["name"]: figure["value"] for figure in rows}
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
     for measure, domain in ROWS:
         name = f"{measure}, {domain}" + (" (to forget)" if domain == "chemistry" else "")
@@ -56,10 +60,19 @@ def past_the_bound(figures: dict[str, float]) -> str:
     )
 
 
+def speed() -> str:
+    """How fast it is, as a Markdown table."""
+    return readme_table(Figures.read(RESULTS / "performance.json"))
+
+
 def page() -> str:
-    """The README with the table of today."""
-    before, rest = README.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    """The README with the tables of today."""
+    text = README.read_text()
+    for name, table in (("table", demo()), ("speed", speed())):
+        begin = f"<!-- {name}: python scripts/results_table.py -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}"
+    return text
 
 
 if __name__ == "__main__":

@@ -8,25 +8,29 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import page, speed
+from benchmarks import cells, page, speed
 from benchmarks.figures import Figures
 
 PARTS = ("steps", "attribution", "writing", "jobs", "scaling")
+SHAPES = ("olmoe-125m", "qwen2-moe-1b")
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speed")
-    only = [word for part in PARTS for word in ("--only", part)]
-    speed.main([*arguments(folder), *only])
+    speed.main([*arguments(folder), *only(*PARTS)])
     return folder / "results"
 
 
 def arguments(folder: Path) -> list[str]:
     return [
-        *("--size", "small", "--rounds", "1", "--shape", "olmoe-125m"),
+        *("--size", "small", "--rounds", "1", *(word for shape in SHAPES for word in ("--shape", shape))),
         *("--out", str(folder / "results"), "--shapes", str(folder / "shapes")),
     ]
+
+
+def only(*parts: str) -> list[str]:
+    return [word for part in parts for word in ("--only", part)]
 
 
 def test_every_part_has_its_figures_and_its_section(out: Path) -> None:
@@ -36,9 +40,28 @@ def test_every_part_has_its_figures_and_its_section(out: Path) -> None:
     assert figures.environment["cpus"] > 0
     written = (out / "performance.md").read_text()
     assert written == page.text(figures)
-    assert written.count("\n## ") == len(PARTS) + 1  # memory belongs to steps
+    assert written.count("\n## ") == len(PARTS) + 2  # memory belongs to steps; all begins with a glance
     for link in re.findall(r"\]\((.*?)\)", written):
         assert (out / link).exists(), link
+
+
+def test_every_cell_of_the_table_was_measured(out: Path) -> None:
+    figures = Figures.read(out / "performance.json")
+    for shape in SHAPES:
+        for row in cells.STEPS[shape]:
+            for place in row.places:
+                cell = f"steps/{shape}/{row.objective}/{place}/{row.router}/{row.labels}"
+                ways = {name.removeprefix(f"{cell}/") for name in figures.names(cell)}
+                wanted = {"ours", "n1", "prepare"}
+                wanted |= {"n0"} if row.n0 else set()
+                wanted |= {"floor", "floor_flops"} if row.objective != "rmu" else set()
+                wanted |= {"agreement"} if shape == "olmoe-125m" else set()  # in fp32
+                assert ways == wanted, cell
+        for job in cells.JOBS[shape]:
+            prefix = f"jobs/{shape}/{job.objective}/{job.place}/free"
+            assert figures[f"{prefix}/ours/seconds"] > 0
+            assert figures[f"{prefix}/naive/seconds"] > 0
+            assert len(figures.names(f"{prefix}/residency/")) == 1
 
 
 def test_ours_and_naive_came_to_the_same_expert(out: Path) -> None:
@@ -46,6 +69,12 @@ def test_ours_and_naive_came_to_the_same_expert(out: Path) -> None:
     agreements = [figures[name] for name in figures.names("steps/") if name.endswith("/agreement")]
     assert len(agreements) == 12
     assert max(agreements) < 1e-3
+
+
+def test_half_of_a_text_is_prompt_so_the_head_and_the_last_experts_do_half(out: Path) -> None:
+    figures = Figures.read(out / "performance.json")
+    cell = "steps/olmoe-125m/npo/middle/freeze"
+    assert figures[f"{cell}/answers/floor_flops"] < figures[f"{cell}/texts/floor_flops"]
 
 
 def test_the_plots_are_well_formed(out: Path) -> None:
@@ -58,7 +87,7 @@ def test_the_plots_are_well_formed(out: Path) -> None:
 
 def test_what_is_measured_is_not_measured_again(out: Path) -> None:
     before = Figures.read(out / "performance.json").values()
-    speed.main([*arguments(out.parent), "--continue", *(word for part in PARTS for word in ("--only", part))])
+    speed.main([*arguments(out.parent), "--continue", *only(*PARTS)])
     assert Figures.read(out / "performance.json").values() == before
 
 
