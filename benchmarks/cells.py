@@ -25,15 +25,15 @@ class Steps:
 class Job:
     """A whole job that trains an expert of the layer at `place`.
 
-    memory: what ours may use ("" = what is free). epochs: of `examples` a set, half of which are for training.
-    ours, naive: how often each runs; where there is no room for the naive way it never does.
+    memory: what ours may use ("" = what is free). epochs: over `examples` of each set. ours, naive: how often each
+        runs; where there is no room for the naive way it never does.
     """
 
     objective: Objective
     place: Place
     memory: str = ""
     epochs: int = 5
-    examples: int = 64
+    examples: int = 24
     ours: int = 2
     naive: int = 1
 
@@ -56,16 +56,12 @@ STEPS: Final[dict[str, tuple[Steps, ...]]] = {
 }
 JOBS: Final[dict[str, tuple[Job, ...]]] = {
     "olmoe-125m": (),
-    "qwen2-moe-1b": (
-        Job("rmu", "middle"),
-        Job("npo", "middle", examples=48),
-        Job("npo", "late", examples=48),
-    ),
+    "qwen2-moe-1b": (Job("rmu", "middle", examples=48), Job("npo", "middle"), Job("npo", "late")),
     # What a job takes when it may use little. One epoch shows memory and the plan's choice, not speed.
     "olmoe-1b-7b": (
-        Job("rmu", "middle", "3GB", examples=32, ours=1, naive=0),
-        Job("npo", "middle", "10GB", epochs=1, examples=32, ours=1, naive=0),
-        Job("npo", "middle", "4GB", epochs=1, examples=32, ours=1, naive=0),
+        Job("rmu", "middle", "3GB", ours=1, naive=0),
+        Job("npo", "middle", "10GB", epochs=1, examples=16, ours=1, naive=0),
+        Job("npo", "middle", "4GB", epochs=1, examples=16, ours=1, naive=0),
     ),
 }
 LARGEST: Final = "olmoe-1b-7b"  # what is measured of it is measured of every shape without a row

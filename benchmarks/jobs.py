@@ -31,7 +31,7 @@ from benchmarks.measure import PeakMemory, timed
 from benchmarks.naive import Naive
 from benchmarks.setting import (
     BATCH_SIZE,
-    LENGTH,
+    SMALL_EXAMPLES,
     Setting,
     method_of,
     texts,
@@ -49,7 +49,6 @@ from seuf_core.unlearning.terms import TrainingData
 # Two experts that are even are even: bf16 may decide between them.
 CHOICE: Final = 0.98
 ATTRIBUTION_TOKENS: Final = 2048  # of a batch of the naive attribution
-SMALL_EXAMPLES: Final = 16
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,11 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
 
 def _measure(setting: Setting, figures: Figures, prefix: str, job: Job, files: JobFiles) -> None:
     method, out = _method(files, job), files.forget.parent / "out"
-    naive = job.naive if room(files.model, "second") else 0
+    repeats, naive = min(job.ours, setting.rounds), job.naive if room(files.model, "second") else 0
     ours: list[Done] = []
     theirs: list[Done] = []
-    for number in range(max(job.ours, naive)):
-        if number < job.ours:
+    for number in range(max(repeats, naive)):
+        if number < repeats:
             ours.append(setting.apart(_ours, files, method, out, job.memory))
             shutil.rmtree(out)
         if number < naive:
@@ -113,7 +112,7 @@ def _files(setting: Setting, shape: str, job: Job, work: Path) -> JobFiles:
     number = job.examples if setting.size == "full" else SMALL_EXAMPLES
     vocabulary = setting.vocabulary(shape)
     forget, retain = (
-        write_texts(work / f"{side}.jsonl", texts(vocabulary, number, LENGTH, seed), "answers")
+        write_texts(work / f"{side}.jsonl", texts(vocabulary, number, setting.length, seed), "answers")
         for side, seed in (("forget", 1), ("retain", 2))
     )
     return JobFiles(model, forget, retain, write_probes(work / "evaluation.jsonl", vocabulary))

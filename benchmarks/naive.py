@@ -10,7 +10,7 @@ losses as ours (seuf_core.unlearning.losses), so that the two ways differ in spe
      trains the whole model. Its time and memory are those of a step that then keeps one expert of it.
 
 In both, forget and retain examples go through the whole model one after the other and the reference is a second
-model that runs in every step. N1 asks for logits only where they are used: of RMU's passes, at one position.
+model that runs in every step. N1 computes logits only where they are used: not in RMU's passes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Targets = dict[int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Passed:
-    """What one whole pass gave: logits where a label is predicted [P, V], their tokens and sequences, and the
-    output of the steered layer [B, S, H] with the mask of those positions."""
+    """What one whole pass gave: logits where a label is predicted [P, V] (of N1's RMU none), their tokens and
+    sequences, and the output of the steered layer [B, S, H] with the mask of those positions."""
 
     logits: torch.Tensor
     target: torch.Tensor
@@ -182,18 +182,13 @@ class Naive:
         handle = model.get_decoder().layers[self._layer].register_forward_hook(capture)
         try:
             # RMU reads no logits; the WMDP code computes all of them all the same.
-            keep = 1 if self._steers and not self._everything else 0
-            logits = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-                logits_to_keep=keep,
-            ).logits
+            run = model.get_decoder() if self._steers and not self._everything else model
+            output = run(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         finally:
             handle.remove()
         mask = batch.predicts_label()
         row, position = torch.where(mask)
-        said = logits[:, 0] if keep else logits[row, position]
+        said = output.logits[row, position] if run is model else captured[0].new_empty(0)
         return Passed(said, batch.labels[row, position + 1], row, captured[0], mask, len(rows))
 
 

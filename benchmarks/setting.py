@@ -35,6 +35,7 @@ Labels = Literal["texts", "answers"]
 # A step sees 4 forget and 4 retain sequences of 64 tokens: 512 tokens.
 BATCH_SIZE, LENGTH = 4, 64
 EXAMPLES: Final = 32  # of each set: an epoch is 8 steps
+SMALL_LENGTH, SMALL_EXAMPLES = 16, 8
 RMU_COEFFICIENT: Final = 20.0
 
 
@@ -75,6 +76,16 @@ class Setting:
         """Where experts are trained: `early`, `middle`, `late` -> decoder layer."""
         layers = TINY_LAYERS if self.size == "small" else SHAPES[name].layers
         return dict(zip(("early", "middle", "late"), layers, strict=True))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return LENGTH if self.size == "full" else SMALL_LENGTH
+
+    def data(self, name: str, labels: Labels) -> TrainingData:
+        """What a shape's steps see."""
+        examples = EXAMPLES if self.size == "full" else SMALL_EXAMPLES
+        return training_data(self.vocabulary(name), examples, self.length, labels)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the weights."""

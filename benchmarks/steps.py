@@ -27,17 +27,7 @@ from benchmarks.floor import Products
 from benchmarks.measure import PeakMemory, Variant, available_bytes, timed
 from benchmarks.naive import Naive, Targets
 from benchmarks.ours import Ours
-from benchmarks.setting import (
-    BATCH_SIZE,
-    LENGTH,
-    Labels,
-    Objective,
-    Place,
-    Setting,
-    labels_from,
-    method_of,
-    training_data,
-)
+from benchmarks.setting import BATCH_SIZE, Labels, Objective, Place, Setting, labels_from, method_of
 from seuf_core import allocator
 from seuf_core.data.batches import batch_indices
 from seuf_core.job import load
@@ -134,7 +124,7 @@ def _fits(setting: Setting, shape: str, way: str) -> bool:
 def _cell(setting: Setting, figures: Figures, models: Models, cell: Cell) -> None:
     row, shape, prefix = cell.row, cell.shape, cell.prefix
     method = method_of(row.objective, router=row.router)
-    data = training_data(setting.vocabulary(shape), labels=row.labels)
+    data = setting.data(shape, row.labels)
     targets = setting.target(shape, setting.layers(shape)[cell.place])
     base = _target_rows(models.view, targets)
     prepare, ours = timed(lambda: Ours(models.view, method, data, targets))
@@ -151,7 +141,7 @@ def _cell(setting: Setting, figures: Figures, models: Models, cell: Cell) -> Non
     numbers = {way: count(STEPS_COMPARED[models.view.model.dtype]) for way in ways}
     variants = {way: Variant(_next(steps[way], numbers[way]), ways[way].attached) for way in ways}
     if row.objective != "rmu":  # which has no suffix
-        products = _floor(models.view, max(targets), row.labels)
+        products = _floor(models.view, max(targets), setting.length, row.labels)
         products()
         variants["floor"] = Variant(products)
         figures.add(f"{prefix}/floor_flops", products.flops, "flop")
@@ -164,10 +154,10 @@ def _cell(setting: Setting, figures: Figures, models: Models, cell: Cell) -> Non
         rows.copy_(before)
 
 
-def _floor(view: MoEView, layer: int, labels: Labels) -> Products:
-    sequences = 2 * BATCH_SIZE
-    predicted = sequences * (LENGTH - labels_from(LENGTH, labels))
-    return Products(view, range(layer + 1, view.num_layers), sequences * LENGTH, predicted)
+def _floor(view: MoEView, layer: int, length: int, labels: Labels) -> Products:
+    sequences = 2 * BATCH_SIZE  # forget and retain
+    predicted = sequences * (length - labels_from(length, labels))
+    return Products(view, range(layer + 1, view.num_layers), sequences * length, predicted)
 
 
 def on_batches(naive: Naive, method: Method, data: TrainingData) -> Callable[[int], Terms]:
@@ -231,7 +221,7 @@ def _compared(
 def _memory(setting: Setting, shape: str, objective: Objective, way: str, targets: Targets) -> int:
     """Peak anonymous memory of a process that trains the middle layer for a few steps; on a GPU, of its memory."""
     folder, method = setting.checkpoint(shape), method_of(objective)
-    data, (layer, *_) = training_data(setting.vocabulary(shape)), targets
+    data, (layer, *_) = setting.data(shape, "texts"), targets
     with PeakMemory() as peak:
         if way == "ours":
             view, _ = load(folder, hold=())

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import cells, page, speed
 from benchmarks.figures import Figures
+from benchmarks.setting import BATCH_SIZE, SMALL_EXAMPLES, Setting
 
 PARTS = ("steps", "attribution", "writing", "jobs", "scaling")
 SHAPES = ("olmoe-125m", "qwen2-moe-1b")
@@ -62,6 +63,7 @@ def test_every_cell_of_the_table_was_measured(out: Path) -> None:
             assert figures[f"{prefix}/ours/seconds"] > 0
             assert figures[f"{prefix}/naive/seconds"] > 0
             assert len(figures.names(f"{prefix}/residency/")) == 1
+            assert figures[f"{prefix}/layer"] == Setting(out, size="small").layers(shape)[job.place]
 
 
 def test_ours_and_naive_came_to_the_same_expert(out: Path) -> None:
@@ -98,3 +100,17 @@ def test_a_part_alone_leaves_the_others(out: Path) -> None:
     assert after.keys() == before.keys()
     changed = {name.split("/")[0] for name in before if before[name] != after[name]}
     assert changed == {"attribution"}
+
+
+def test_a_job_that_may_use_little_says_what_it_kept_in_memory(tmp_path: Path) -> None:
+    small = ["--size", "small", "--rounds", "1", "--shape", "olmoe-1b-7b", "--only", "jobs"]
+    speed.main([*small, "--out", str(tmp_path / "results"), "--shapes", str(tmp_path / "shapes")])
+    figures = Figures.read(tmp_path / "results" / "performance.json")
+    for job in cells.JOBS["olmoe-1b-7b"]:
+        prefix = f"jobs/olmoe-1b-7b/{job.objective}/{job.place}/{job.memory}"
+        assert figures[f"{prefix}/ours/peak_anonymous"] > 0
+        assert figures.names(f"{prefix}/residency/") == [f"{prefix}/residency/whole"]  # it fits
+        assert f"{prefix}/naive/seconds" not in figures
+        assert figures[f"{prefix}/steps"] == job.epochs * SMALL_EXAMPLES / BATCH_SIZE
+    written = (tmp_path / "results" / "performance.md").read_text()
+    assert "| olmoe-1b-7b, npo, middle, in 4GB | 2 |" in written
