@@ -57,7 +57,7 @@ def plan(
         from seuf_core.plan.calibrate import accelerators, calibrate_model
 
         on = machine(memory, accelerators())
-        found = made(calibrate_model(model))
+        found = made(calibrate_model(model, made().device))
     if json:
         output.print_json(found.as_dict())
     else:

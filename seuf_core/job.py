@@ -16,7 +16,7 @@ from seuf_core.method import Method
 from seuf_core.moe.skeleton import open_model
 from seuf_core.moe.view import MoEView, require_experts
 from seuf_core.observer import Observer
-from seuf_core.plan.phases import Residency
+from seuf_core.plan.setting import Residency
 from seuf_core.unlearning.terms import TrainingData
 
 
@@ -67,17 +67,22 @@ def load(
 
 
 def open_job(
-    model: Path, inputs: Inputs, method: Method, observer: Observer, residency: Residency = "whole"
+    model: Path,
+    inputs: Inputs,
+    method: Method,
+    observer: Observer,
+    residency: Residency = "whole",
+    device: torch.device | str | None = None,
 ) -> Job:
     """Load the model and tokenise everything, so that a text that cannot be used is known before the training.
 
-    Says how many examples and probes `max_length` cut. `residency`: see `Job`.
+    Says how many examples and probes `max_length` cut. `residency`: see `Job`; `device`: see `load`.
 
     Raises:
         ModelError: dense_model, when the scope chooses experts and the model has none; and as `open_model` does.
         DataError: see `encode_pairs`.
     """
-    view, tokenizer = load(model, None if residency == "whole" else ())
+    view, tokenizer = load(model, None if residency == "whole" else (), device)
     if method.selects_experts:
         require_experts(view)
     forget, retain = (

@@ -33,7 +33,7 @@ from seuf_core.moe.routing import can_mask, experts_masked
 from seuf_core.observer import Observer, Silent
 from seuf_core.passes import open_test_pass
 from seuf_core.plan.measure import Recorder, compare
-from seuf_core.planning import Planning, device_peak
+from seuf_core.planning import Place, Planning, device_peak
 from seuf_core.search import Found, search
 from seuf_core.unlearning.scopes import assign
 from seuf_core.version import __version__
@@ -140,9 +140,10 @@ def unlearn(
     with Recorder(device_peak) as recorder:
         recorder.phase("validating")
         inputs = read_inputs(model, forget, retain, evaluation, method, observer)
-        job = open_job(model, inputs, method, observer, "suffix")
+        place = Place.of(model, memory)
+        job = open_job(model, inputs, method, observer, "suffix", place.device)
         recorder.phase("planning")
-        planning = Planning.of(job, memory, work)
+        planning = Planning.of(job, place, work)
         recorder.phase("attributing")
         job, plan = planning.before(job)
         observer.event("plan", {"plan": plan.as_dict()})

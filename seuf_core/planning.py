@@ -13,9 +13,31 @@ from seuf_core.evaluate.probes import sequences_of
 from seuf_core.job import Job
 from seuf_core.plan.calibrate import accelerators, calibrate
 from seuf_core.plan.facts import Calibration, JobTokens, Machine, ModelShape, TokenCounts, model_shape
-from seuf_core.plan.machine import machine
-from seuf_core.plan.phases import Targets
+from seuf_core.plan.machine import choose_device, machine
 from seuf_core.plan.planner import Plan, make_plan
+from seuf_core.plan.setting import Targets
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a job may use, looked at before it takes any of it."""
+
+    shape: ModelShape
+    machine: Machine
+
+    @classmethod
+    def of(cls, model: Path, memory: int | str | None) -> Place:
+        """For a model folder.
+
+        Args:
+            memory: what the job may use; None = SEUF_MEMORY, else what is free.
+        """
+        return cls(model_shape(model), machine(memory, accelerators()))
+
+    @property
+    def device(self) -> str:
+        """Where the model is to be opened; every plan of the job names the same."""
+        return choose_device(self.shape, self.machine).name
 
 
 @dataclass(frozen=True)
@@ -28,17 +50,14 @@ class Planning:
     calibration: Calibration
 
     @classmethod
-    def of(cls, job: Job, memory: int | str | None, work: Path) -> Planning:
+    def of(cls, job: Job, place: Place, work: Path) -> Planning:
         """Count and calibrate; see seuf_core.plan.calibrate.calibrate for what that costs.
 
         Args:
-            memory: what the job may use; None = SEUF_MEMORY, else what is free.
-            job: opened without layers.
+            job: opened without layers, on the device of `place`.
         """
-        # What is free is looked at before the calibration takes its part of it.
-        on = machine(memory, accelerators())
-        shape = model_shape(job.folder)
-        return cls(shape, tokens_of(job), on, calibrate(job.view, job.folder, shape, work))
+        calibration = calibrate(job.view, job.folder, place.shape, work)
+        return cls(place.shape, tokens_of(job), place.machine, calibration)
 
     def before(self, job: Job) -> tuple[Job, Plan]:
         """The plan while nobody knows what will be trained, and the job with its weights kept accordingly."""

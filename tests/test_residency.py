@@ -13,7 +13,7 @@ from seuf_core.job import open_job
 from seuf_core.method import Method
 from seuf_core.observer import Silent
 from seuf_core.pipeline import attribute, measure
-from seuf_core.plan.phases import Residency
+from seuf_core.plan.setting import Residency
 from seuf_core.search import search
 from tests import tiny
 from tests.test_pipeline import GROWING, QUICK

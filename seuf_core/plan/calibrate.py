@@ -46,12 +46,12 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path) -> Cal
     """
     read_rate, cached = _read_rate(folder)
     layer = _layer(view)
-    flops = shape.flops(layer)
+    flops, device = shape.flops(layer), view.model.device
     view.model.requires_grad_(False)
     with view.weights.loaded(layer):
-        forward = [_seconds(_forward(view, layer, n)) for n in (FEW, MANY)]
-        both = [_seconds(_both_ways(view, layer, n)) for n in (FEW, MANY)]
-    head_seconds, step_rate = _head_seconds(view, shape.width), _step_rate(shape, view.model.device)
+        forward = [_seconds(_forward(view, layer, n), device) for n in (FEW, MANY)]
+        both = [_seconds(_both_ways(view, layer, n), device) for n in (FEW, MANY)]
+    head_seconds, step_rate = _head_seconds(view, shape.width), _step_rate(shape, device)
     view.weights.hold(())
     layer_seconds, layer_rate = _line(forward, flops)
     backward_seconds, backward_rate = _line(both, 2 * flops)
@@ -66,7 +66,7 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path) -> Cal
         write_rate=_write_rate(work, min(WRITE_BYTES, shape.bytes)),
         cached=cached,
         baseline_bytes=_own_bytes(view, shape),
-        device=str(view.model.device),
+        device=str(device),
     )
 
 
@@ -109,22 +109,22 @@ def _both_ways(view: MoEView, layer: int, tokens: int) -> Callable[[], None]:
     return run
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
     """The best of a few runs after one that warms up."""
     run()
     taken: list[float] = []
     while len(taken) < REPEATS or sum(taken) < REPEAT_SECONDS:
-        _wait()
+        _wait(device)
         since = time.perf_counter()
         run()
-        _wait()
+        _wait(device)
         taken.append(time.perf_counter() - since)
     return min(taken)
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _line(seconds: Sequence[float], flops: int) -> tuple[float, float]:
@@ -141,7 +141,7 @@ def _head_seconds(view: MoEView, width: int) -> float:
     def run() -> None:
         tail(view, states)
 
-    return _seconds(run)
+    return _seconds(run, view.model.device)
 
 
 def _own_bytes(view: MoEView, shape: ModelShape) -> int:
@@ -160,7 +160,7 @@ def _step_rate(shape: ModelShape, device: torch.device) -> float:
     def run() -> None:
         optimizer.step()
 
-    return leaf.numel() / _seconds(run)
+    return leaf.numel() / _seconds(run, device)
 
 
 def _read_rate(folder: Path) -> tuple[float, bool]:
@@ -191,13 +191,13 @@ def _write_rate(work: Path, size: int) -> float:
         return size / (time.perf_counter() - since)
 
 
-def calibrate_model(folder: Path, device: torch.device | str | None = None) -> Calibration:
-    """Open a model without its layers and measure this machine on it; see `calibrate`.
+def calibrate_model(folder: Path, device: torch.device | str) -> Calibration:
+    """Open a model without its layers on a device and measure this machine on it; see `calibrate`.
 
     Raises:
         ModelError: as `seuf_core.moe.skeleton.open_model` does.
     """
-    view = open_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    view = open_model(folder, device)
     return calibrate(view, folder, model_shape(folder), Path(tempfile.gettempdir()))
 
 

@@ -6,7 +6,7 @@ V vocabulary, b bytes of a number of the model (2 or 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seuf_core.plan.facts import Calibration, ModelShape
@@ -15,6 +15,8 @@ from seuf_core.plan.facts import Calibration, ModelShape
 TOKENS_PER_SCORE, TOKENS_PER_PASS, TOKENS_PER_LOOK = 2048, 2048, 4096
 # Padded tokens of a pass with gradients through the whole model (the score `gradient`).
 TOKENS_PER_BACKWARD = 1024
+# Padded tokens of probes whose states are in memory together (seuf_core.evaluate.probes).
+TOKENS_OF_A_LOOK = 1 << 15
 # Hidden states and constants that are more than this are mapped files (seuf_core.moe.sweep, seuf_core.passes).
 STATES_IN_MEMORY, CONSTANTS_IN_MEMORY = 256 << 20, 1 << 30
 # Positions that go through the head together (seuf_core.moe.head).
@@ -45,19 +47,33 @@ def forward_bytes(shape: ModelShape, tokens: int) -> int:
     return tokens * (shape.number * numbers + 44 * shape.num_experts)
 
 
-def kept_bytes(shape: ModelShape, tokens: int) -> int:
-    """What one decoder layer keeps for a backward pass through activations: T * b * (5 H + D + K (H + 3 I)).
+def kept_bytes(shape: ModelShape, tokens: int, labels: int | None = None) -> int:
+    """What one decoder layer keeps for a backward pass through activations: b * (T (5 H + D) + P K (H + 3 I)).
 
     Weights are frozen, so a product keeps no input; what is kept are the norms' inputs, what attention and the gate's
-    product multiply, and the weighted outputs of the experts.
+    product multiply, and the weighted outputs of the experts, which run on P = `labels` tokens, or all T.
     """
     routed = shape.num_experts_per_tok * (shape.width + 3 * shape.intermediate)
-    return tokens * shape.number * (KEPT_STATES * shape.width + shape.outputs + routed)
+    dense = KEPT_STATES * shape.width + shape.outputs
+    return shape.number * (tokens * dense + (tokens if labels is None else labels) * routed)
 
 
 def head_bytes(shape: ModelShape, positions: int) -> int:
     """Logits of a chunk of positions and their graph: C * V * (b + 12), C at most 256."""
     return min(positions, HEAD_CHUNK) * shape.vocabulary * (shape.number + LOGIT_BYTES)
+
+
+def logits_bytes(shape: ModelShape, positions: int) -> int:
+    """The same of all positions at once: P * V * (b + 12)."""
+    return positions * shape.vocabulary * (shape.number + LOGIT_BYTES)
+
+
+def scaled_bytes(shape: ModelShape, tokens: int) -> int:
+    """What the score `gradient` has beside a layer's own activations: T * K * H * (2 b + 4).
+
+    Every token K times: before, while and after it is multiplied in fp32.
+    """
+    return tokens * shape.num_experts_per_tok * shape.width * (2 * shape.number + 4)
 
 
 def states_bytes(shape: ModelShape, tokens: int) -> int:
@@ -77,6 +93,18 @@ def trained_bytes(elements: int, number: int = 4) -> int:
     training checkpoint: value and both moments. While one is taken the one before it is still there: 3 more.
     """
     return 12 * number * elements
+
+
+def operations(shape: ModelShape, layers: Sequence[int], tokens: int, labels: int | None = None) -> int:
+    """Floating-point operations of so many tokens through some layers.
+
+    labels: where the last of them is where a pass ends, how many tokens its experts and what is beside them run on;
+    None = all.
+    """
+    done = sum(tokens * shape.flops(layer) for layer in layers)
+    if layers and labels is not None:
+        done -= (tokens - min(labels, tokens)) * shape.block_flops(layers[-1])
+    return done
 
 
 @dataclass
@@ -101,19 +129,30 @@ class Work:
     first: int = 0
     written: int = 0
 
-    def layers(self, shape: ModelShape, layers: Iterable[int], tokens: int, passes: int = 1) -> None:
-        """Add: these layers run over so many tokens, in `passes` calls each."""
-        for layer in layers:
-            self.calls += passes
-            self.flops += tokens * shape.flops(layer)
+    def layers(
+        self,
+        shape: ModelShape,
+        layers: Sequence[int],
+        tokens: int,
+        passes: int = 1,
+        labels: int | None = None,
+    ) -> None:
+        """Add: these layers run over so many tokens, in `passes` calls each; `labels`: see `operations`."""
+        self.calls += passes * len(layers)
+        self.flops += operations(shape, layers, tokens, labels)
 
     def both_ways(
-        self, shape: ModelShape, layers: Iterable[int], tokens: int, passes: int, times: int
+        self,
+        shape: ModelShape,
+        layers: Sequence[int],
+        tokens: int,
+        passes: int,
+        times: int,
+        labels: int | None = None,
     ) -> None:
         """Add: `times` steps that run these layers over so many tokens forward and backward."""
-        for layer in layers:
-            self.backward_calls += times * passes
-            self.backward_flops += times * 2 * tokens * shape.flops(layer)
+        self.backward_calls += times * passes * len(layers)
+        self.backward_flops += times * 2 * operations(shape, layers, tokens, labels)
 
     @property
     def all_flops(self) -> int:

@@ -26,13 +26,14 @@ class LayerShape:
 
     bytes: of all its tensors. dense: elements of its matrices outside the routed experts, router included: each
     token is multiplied with all of them. outputs: how many numbers these give for each token. shards: the files it
-    lies in.
+    lies in. block: of `dense`, what lies in one module with the experts: router and, mostly, shared experts.
     """
 
     bytes: int
     dense: int
     outputs: int
     shards: tuple[str, ...]
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,14 @@ class ModelShape:
 
         Attention scores are left out: 4 * H for each earlier token, 2 % of a layer at 256 tokens.
         """
-        routed = self.num_experts_per_tok * self.expert if layer in self.moe_layers else 0
-        return 2 * (self.layers[layer].dense + routed)
+        return 2 * self.layers[layer].dense + self._routed_flops(layer)
+
+    def block_flops(self, layer: int) -> int:
+        """Of these, those of the module that has the experts: in a job's last layer it runs at label positions only."""
+        return 2 * self.layers[layer].block + self._routed_flops(layer)
+
+    def _routed_flops(self, layer: int) -> int:
+        return 2 * self.num_experts_per_tok * self.expert if layer in self.moe_layers else 0
 
     @property
     def head_flops(self) -> int:
@@ -119,10 +126,7 @@ def model_shape(folder: Path) -> ModelShape:
         elif int(found[1]) < facts.num_layers:
             by_layer[int(found[1])].append(record)
     expert = _expert(index, facts)
-    layers = tuple(
-        _layer(records, facts.num_experts * expert if number in facts.moe_layers else 0)
-        for number, records in enumerate(by_layer)
-    )
+    layers = tuple(_layer(records, facts, number, expert) for number, records in enumerate(by_layer))
     routers = _router_names(facts)
     adapted = sum(
         sum(record.shape)
@@ -148,12 +152,28 @@ def model_shape(folder: Path) -> ModelShape:
     )
 
 
-def _layer(records: list[TensorRecord], routed: int) -> LayerShape:
-    matrices = sum(record.elements for record in records if len(record.shape) > 1)
-    shards = tuple(sorted({record.shard for record in records}))
+def _layer(records: list[TensorRecord], facts: ModelFacts, number: int, expert: int) -> LayerShape:
+    routed, block = 0, ""
+    if number in facts.moe_layers:
+        routed, block = facts.num_experts * expert, _block(facts, number)
+    matrices = [record for record in records if len(record.shape) > 1]
     # Where experts are fused on disk, their tensors have a third axis; where not, "experts." in their names.
-    outputs = sum(r.shape[0] for r in records if len(r.shape) == 2 and ".experts." not in r.name)
-    return LayerShape(sum(record.bytes for record in records), matrices - routed, outputs, shards)
+    outputs = sum(r.shape[0] for r in matrices if len(r.shape) == 2 and ".experts." not in r.name)
+    beside = sum(record.elements for record in matrices if block and record.name.startswith(block)) - routed
+    return LayerShape(
+        bytes=sum(record.bytes for record in records),
+        dense=sum(record.elements for record in matrices) - routed,
+        outputs=outputs,
+        shards=tuple(sorted({record.shard for record in records})),
+        block=max(0, beside),
+    )
+
+
+def _block(facts: ModelFacts, layer: int) -> str:
+    """What the names of all tensors beside a layer's experts begin with: `model.layers.3.mlp.`."""
+    names = FAMILIES[facts.model_type].expert_names(layer, 0)
+    first = next(name for parts in names.values() for name in parts)
+    return ".".join(first.split(".")[:4]) + "."
 
 
 def _expert(index: CheckpointIndex, facts: ModelFacts) -> int:

@@ -1,4 +1,4 @@
-"""How much memory a job may use on this machine: what is given, else what its control group and the kernel leave.
+"""How much memory a job may use on this machine, and on which device: what is given, else what is left.
 
 Torch-free; Linux, and elsewhere what sysconf says.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from seuf_core.errors import MethodError
-from seuf_core.plan.facts import USABLE, Machine
+from seuf_core.plan.facts import USABLE, Machine, ModelShape
 
 MEMORY_VARIABLE = "SEUF_MEMORY"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -34,6 +35,37 @@ def machine(memory: int | str | None = None, devices: dict[str, int] | None = No
         return Machine(parse_size(memory), "what was given", devices or {})
     free, limit = min(_free(), key=lambda found: found[0])
     return Machine(int(USABLE * free), f"{USABLE:.0%} of {limit}", devices or {})
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a job computes: torch's name of it, why there, and how many bytes of weights and activations it may have.
+
+    limit: where that figure comes from, in words.
+    """
+
+    name: str
+    why: str
+    memory: int
+    limit: str
+
+
+def choose_device(shape: ModelShape, on: Machine) -> Device:
+    """The accelerator with the most free memory, if a layer and the embeddings fit there; else the CPU."""
+    if not on.devices:
+        return Device("cpu", "no accelerator is there", on.memory, on.limit)
+    name, free = max(on.devices.items(), key=lambda one: one[1])
+    least = shape.outside_bytes + shape.largest_layer
+    if free < least:
+        why = f"{name} has {gigabytes(free)}, and a layer with the embeddings needs {gigabytes(least)}"
+        return Device("cpu", why, on.memory, on.limit)
+    why = f"it has the most free memory of {len(on.devices)}: {gigabytes(free)}"
+    return Device(name, why, free, f"{USABLE:.0%} of what is free on {name}")
+
+
+def gigabytes(size: int) -> str:
+    """Such as `1.50 GB`."""
+    return f"{size / 1e9:.2f} GB"
 
 
 def parse_size(text: int | str) -> int:

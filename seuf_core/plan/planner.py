@@ -12,7 +12,9 @@ from typing import Any, Final
 from seuf_core.method import Method
 from seuf_core.plan import phases
 from seuf_core.plan.facts import Calibration, JobTokens, Machine, ModelShape
-from seuf_core.plan.phases import Draft, Residency, Setting, Targets
+from seuf_core.plan.machine import choose_device, gigabytes
+from seuf_core.plan.phases import Draft
+from seuf_core.plan.setting import Residency, Setting, Targets, worst_targets
 
 # The largest first: what is in memory need not be read again.
 RESIDENCIES: Final[tuple[Residency, ...]] = ("whole", "suffix", "streamed")
@@ -134,8 +136,9 @@ def make_plan(
         targets: what is trained, once it is known; None = the worst case that the method allows.
         among: the residencies that may still be had, the first that fits is taken.
     """
-    chosen = targets or phases.worst_targets(shape, method)
-    device, device_why, budget = _device(shape, machine)
+    chosen = targets or worst_targets(shape, method)
+    device = choose_device(shape, machine)
+    budget = device.memory
     setting = Setting(shape, tokens, method, chosen, calibration)
     allowed = tuple(name for name in among if name in _allowed(method))
     residency, micro, drafts = _first_that_fits(setting, budget, allowed)
@@ -146,13 +149,13 @@ def make_plan(
     runs = 1 if method.strength == "fixed" else method.rungs
     again = (runs - 1) * sum(part or 0.0 for part in training)
     return Plan(
-        device=device,
-        device_why=device_why,
+        device=device.name,
+        device_why=device.why,
         residency=residency,
         residency_why=_why(setting, allowed, drafts, residency, budget),
         fits=peak <= budget,
         budget_bytes=budget,
-        budget_why=machine.limit,
+        budget_why=device.limit,
         micro_batch_tokens=micro,
         lowest_layer=chosen.layers[0] if chosen.layers else None,
         bound=targets is None and chosen.guessed,
@@ -166,18 +169,6 @@ def make_plan(
         calibration=calibration,
         notes=_notes(setting, targets),
     )
-
-
-def _device(shape: ModelShape, machine: Machine) -> tuple[str, str, int]:
-    """Where the model is computed with, why, and how many bytes of weights and activations may be there."""
-    if not machine.devices:
-        return "cpu", "no accelerator is there", machine.memory
-    name, free = max(machine.devices.items(), key=lambda one: one[1])
-    least = shape.outside_bytes + shape.largest_layer
-    if free < least:
-        why = f"{name} has {_gb(free)}, and a layer with the embeddings needs {_gb(least)}"
-        return "cpu", why, machine.memory
-    return name, f"it has the most free memory of {len(machine.devices)}: {_gb(free)}", free
 
 
 def _first_that_fits(
@@ -238,13 +229,14 @@ def _why(
     peak = max(draft.peak for draft in drafts)
     if not setting.method.selects_experts:
         only = f"scope {setting.method.scope} trains in all layers, which so stay in memory"
-        return only if peak <= budget else f"{only}; that needs {_gb(peak)} and {_gb(budget)} are there"
+        missing = f"that needs {gigabytes(peak)} and {gigabytes(budget)} are there"
+        return only if peak <= budget else f"{only}; {missing}"
     smallest = min(_micro_batches(setting))
     refused = [
-        f"{name} needs {_gb(_peak(replace(setting, residency=name, micro=smallest)))}"
+        f"{name} needs {gigabytes(_peak(replace(setting, residency=name, micro=smallest)))}"
         for name in allowed[: allowed.index(residency)]
     ]
-    taken = f"{residency} needs {_gb(peak)} of {_gb(budget)}"
+    taken = f"{residency} needs {gigabytes(peak)} of {gigabytes(budget)}"
     if peak > budget:
         return f"{taken}, which is too much, and no other way needs less"
     return ", ".join([*refused, taken])
@@ -269,7 +261,3 @@ def _notes(setting: Setting, targets: Targets | None) -> tuple[str, ...]:
     if setting.tokens.counted != "tokenizer":
         notes.append("Tokens were not counted but taken as a quarter of the texts' bytes.")
     return tuple(notes)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

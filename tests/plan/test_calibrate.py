@@ -34,7 +34,7 @@ def test_any_family_is_measured_and_left_as_it_was(family: str, tmp_path: Path) 
 
 
 def test_a_file_just_written_is_in_the_page_cache(tmp_path: Path) -> None:
-    assert calibrate_model(tiny.write_model(tmp_path / "model", "olmoe")).cached
+    assert calibrate_model(tiny.write_model(tmp_path / "model", "olmoe"), "cpu").cached
 
 
 def test_the_line_through_two_passes() -> None:

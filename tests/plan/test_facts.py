@@ -52,6 +52,12 @@ def test_operations_are_two_for_each_weight_that_a_token_meets(family: str, tmp_
             share = view.num_experts_per_tok / view.num_experts
             met += round(share * sum(p.numel() for p in experts.parameters() if p.dim() > 1))
         assert shape.flops(index) == 2 * met
+        # What runs with the experts, and where they run: seuf_core.moe.parts.run_layer_at.
+        block = [
+            child for child in layer.children() if experts is not None and experts in set(child.modules())
+        ]
+        beside = [p for child in block for p in child.parameters() if p.dim() > 1 and id(p) not in routed]
+        assert shape.layers[index].block == sum(p.numel() for p in beside)
 
 
 def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from seuf_core.plan.measure import Actual, Measured, Recorder, anonymous_bytes, compare
-from seuf_core.plan.phases import Targets
 from seuf_core.plan.planner import make_plan
+from seuf_core.plan.setting import Targets
 from tests.plan.made import UNIT, shape, tokens, with_memory
 from tests.plan.test_planner import NPO
 

@@ -10,8 +10,8 @@ import pytest
 from seuf_core.method import Method
 from seuf_core.plan import costs, phases
 from seuf_core.plan.facts import LayerShape, TokenCounts
-from seuf_core.plan.phases import Setting, Targets, worst_targets
 from seuf_core.plan.planner import Plan, make_plan
+from seuf_core.plan.setting import Setting, Targets, worst_targets
 from tests.plan.made import UNIT, shape, tokens, with_memory
 
 ONE = Targets((2,), 1)  # of layers 0 to 3
@@ -66,19 +66,21 @@ def test_the_way_flips_where_the_bytes_say() -> None:
     assert plan(need["whole"]).residency == "whole"
     assert plan(need["whole"] - 1).residency == "suffix"
     assert plan(need["suffix"]).fits
-    # Of two layers from the target on, both are needed either way.
-    tight = plan(need["suffix"] - 1)
+    # On the way up to the target one layer more is there than those that stay.
+    assert need["suffix"] - need["streamed"] > 900_000_000
+    assert plan(need["suffix"] - 1).residency == "streamed"
+    tight = plan(need["streamed"] - 1)
     assert not tight.fits
     assert "too much" in tight.residency_why
 
 
 def test_streaming_is_taken_where_the_suffix_does_not_fit() -> None:
     made = shape(layers=8)
-    setting = Setting(made, tokens(), NPO, Targets((1,), 1), UNIT, "suffix", 10)
+    setting = Setting(made, tokens(), NPO, Targets((2,), 1), UNIT, "suffix", 10)
     need = max(draft.peak for draft in phases.drafts(setting))
 
     def at(memory: int) -> Plan:
-        return make_plan(made, tokens(), NPO, with_memory(memory), targets=Targets((1,), 1), calibration=UNIT)
+        return make_plan(made, tokens(), NPO, with_memory(memory), targets=Targets((2,), 1), calibration=UNIT)
 
     assert at(need).residency == "suffix"
     refused = at(need - 1)
@@ -86,7 +88,7 @@ def test_streaming_is_taken_where_the_suffix_does_not_fit() -> None:
     assert "suffix needs 7." in refused.residency_why
     # A step reads all layers above the target on the way up and again on the way down, a look only on the way up.
     unlearning = next(phase for phase in refused.phases if phase.name == "unlearning")
-    assert unlearning.bytes_read == (2 * 20 + 3) * 6 * 1_000_000_000
+    assert unlearning.bytes_read == (2 * 20 + 2) * 5 * 1_000_000_000
 
 
 def test_states_and_trained_numbers_by_hand() -> None:
@@ -195,9 +197,62 @@ def test_rmu_needs_nothing_above_its_layer_in_a_step() -> None:
     rmu = NPO.model_copy(update={"objective": "rmu", "retain_loss": "hidden_mse"})
     low, high = (plan(method=rmu, targets=Targets((layer,), 1)) for layer in (0, 3))
     work = [next(phase.flops for phase in made.phases if phase.name == "unlearning") for made in (low, high)]
-    looks = 3 * 200 * 2 * (4000 + 2 * 3000)  # of the 20 probes, layer by layer, at the start and twice more
-    assert work[0] - work[1] == 3 * looks
+    # Two looks at 20 probes of 10 tokens through layers 1 to 3, in the last of which experts run on their 100 labels.
+    assert work[0] - work[1] == 2 * (3 * 200 * 2 * (4000 + 2 * 3000) - 100 * 2 * 2 * 3000)
     assert work[0] < next(p.flops for p in plan(targets=Targets((0,), 1)).phases if p.name == "unlearning")
+
+
+def test_experts_of_the_last_layer_run_where_a_label_is_predicted() -> None:
+    few = replace(shape(), layers=tuple(replace(layer, block=1000) for layer in shape().layers))
+    frozen, trained = (
+        make_plan(
+            few,
+            tokens(),
+            NPO.model_copy(update={"router": router}),
+            with_memory(10**12),
+            calibration=UNIT,
+            targets=Targets((3,), 1),
+        )
+        for router in ("freeze", "train")
+    )
+    assert costs.operations(few, (2, 3), 10, 4) == 10 * 2 * (2 * 10_000) - 6 * 2 * (1000 + 2 * 3000)
+    assert costs.operations(few, (2, 3), 10) == 10 * 2 * (2 * 10_000)
+    # Whoever trains the router of that layer anchors it, and an anchor is of all tokens.
+    setting = Setting(few, tokens(), NPO.model_copy(update={"router": "train"}), Targets((3,), 1), UNIT)
+    assert setting.at_labels(3, 4) is None
+    assert (setting.at_labels(2, 4), replace(setting, method=NPO).at_labels(3, 4)) == (4, 4)
+    steps = [next(p.flops for p in made.phases if p.name == "unlearning") for made in (frozen, trained)]
+    assert steps[0] < steps[1]
+
+
+def test_a_step_in_pieces_keeps_what_flows_into_each_layer() -> None:
+    """Of 80 padded tokens in pieces of 20: 2 layers' states of all, and one layer's activations of a piece."""
+    setting = Setting(shape(), tokens(), NPO, ONE, UNIT, "whole", 20)
+    assert (setting.pieces, setting.recomputed) == (4, True)
+    made = next(draft for draft in phases.drafts(setting) if draft.name == "unlearning")
+    kept = 2 * 20 * (5 * 100 + 400 + 2 * (100 + 3 * 10)) + 2 * 80 * 100 * 2
+    inside = costs.forward_bytes(shape(), 20)
+    look = costs.forward_bytes(shape(), 200) + 200 * 100 * 2
+    assert made.memory["activations"] == max(int(costs.STEP_SLACK * (kept + inside)), look)
+
+
+def test_the_score_gradient_keeps_states_of_every_layer_and_logits_of_a_batch() -> None:
+    plain, found = (
+        memory_of(plan(method=NPO.model_copy(update={"attribution": score})), "attributing")
+        for score in ("affinity", "gradient")
+    )
+    assert plain["states"] == 1000 * 100 * 2
+    assert found["states"] == 5 * 1000 * 100 * 2
+    assert found["head"] == 250 * 1000 * 14  # a half of the set is 500 tokens, half of them labels
+    assert found["activations"] > plain["activations"]
+
+
+def test_adapted_matrices_are_kept_as_they_were_and_written() -> None:
+    made = plan(method=NPO.model_copy(update={"scope": "lora"}), targets=None)
+    rank = NPO.lora_rank
+    assert memory_of(made, "publishing")["trained"] == 20 * rank * 1000 + 2 * 4 * 4000
+    publishing = made.phases[-1]
+    assert publishing.bytes_written == 4 * 1_000_000_000 + 2 * 4 * 4000
 
 
 def test_every_rate_is_counted() -> None:
