@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from seuf_core.data.batches import Batch, Encoded, bucketed, collate
+from seuf_core.moe.forward import Beginning
 from seuf_core.moe.passes import Flow, Route, route, run_layer
 from seuf_core.moe.shelf import Shelf
 from seuf_core.moe.start_layer import StartLayer, Watched
@@ -66,7 +67,7 @@ def keep_all(
                 states.put(number, run_layer(view, index, flow, routes[number]))
 
 
-class FromStates:
+class FromStates(Beginning):
     """A pass that begins at a decoder layer with what flowed into it: 2 * H bytes a token of a bf16 model.
 
     The layer itself runs as the model has it, whatever was changed in it or is forbidden there.
@@ -87,10 +88,6 @@ class FromStates:
         states = _padded([self._shelf[self._kept[id(row)]] for row in rows], batch)
         return Flow(states), route(self._view, batch.attention_mask)
 
-    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
-        """The same where a label token is predicted."""
-        return self.begin(rows, batch)[0].states[batch.predicts_label()]
-
 
 @dataclass(frozen=True)
 class _Moving:
@@ -108,7 +105,7 @@ class _Moving:
     tokens: torch.Tensor
 
 
-class FrozenRouter:
+class FrozenRouter(Beginning):
     """A pass that begins above the lowest target layer, whose router is frozen.
 
     Which tokens a target sees is a constant then, and all others leave the layer as they did before: only the former
@@ -193,7 +190,7 @@ class _Looked:
     outputs: int
 
 
-class TrainedRouter:
+class TrainedRouter(Beginning):
     """A pass that begins above the lowest target layer, whose router is trained.
 
     Every token may be sent elsewhere, so all of them go through the layer; of a frozen expert's answer to a token only
@@ -241,10 +238,6 @@ class TrainedRouter:
 
         with self._run.saying(parts), self._run.experts_by(look_up):
             return Flow(self._run(entry)), routed
-
-    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
-        """The same where a label token is predicted."""
-        return self.begin(rows, batch)[0].states[batch.predicts_label()]
 
     @torch.no_grad()
     def _outputs(self, kept: Sequence[_Looked], states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

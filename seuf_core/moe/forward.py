@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar, TypeVarTuple
 
@@ -10,7 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from seuf_core.data.batches import Batch, Encoded, collate
-from seuf_core.moe.passes import Flow, Route, embed, run_layers
+from seuf_core.moe.parts import run_layer_at
+from seuf_core.moe.passes import Flow, Route, embed, run_layer
 from seuf_core.moe.view import MoEView
 
 _Given = TypeVarTuple("_Given")
@@ -35,12 +36,12 @@ class Answers:
 
 
 class Beginning(Protocol):
-    """The part of the forward pass that comes first, as far as it is not computed anew."""
+    """The part of the forward pass that comes first, as far as it is not computed anew.
 
-    @property
-    def next_layer(self) -> int:
-        """The decoder layer to go on with."""
-        ...
+    next_layer: the decoder layer to go on with.
+    """
+
+    next_layer: int
 
     def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """What flows into that layer, for these sequences and the padded batch they make."""
@@ -48,10 +49,10 @@ class Beginning(Protocol):
 
     def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
         """The flow where a label token is predicted only, [P, H]."""
-        ...
+        return self.begin(rows, batch)[0].states[batch.predicts_label()]
 
 
-class FromTokens:
+class FromTokens(Beginning):
     """Nothing is known before: the pass begins with the embeddings."""
 
     next_layer = 0
@@ -62,10 +63,6 @@ class FromTokens:
     def begin(self, _rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """Embeddings of the batch."""
         return embed(self._view, batch)
-
-    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
-        """Embeddings where a label token is predicted."""
-        return self.begin(rows, batch)[0].states[batch.predicts_label()]
 
 
 class Forward:
@@ -93,17 +90,24 @@ class Forward:
         self._beginning = beginning or FromTokens(view)
         self._tokens, self._recompute = tokens, recompute
 
-    def answers(self, rows: Sequence[Encoded]) -> Answers:
-        """The whole model up to its tail, over the sequences `rows`."""
-        states, labels = self._run(rows, self.view.num_layers)
+    def answers(self, rows: Sequence[Encoded], heard: Collection[int] = ()) -> Answers:
+        """The whole model up to its tail, over the sequences `rows`.
+
+        Args:
+            heard: decoder layers whose router somebody listens to: it decides on every token. In the last layer that
+                is run it else does so only where a label token is predicted.
+        """
+        states, labels = self._run(rows, self.view.num_layers, heard)
         return Answers(states, labels.target, labels.row, len(rows))
 
-    def states(self, rows: Sequence[Encoded], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(
+        self, rows: Sequence[Encoded], layer: int, heard: Collection[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output of decoder layer `layer` where a label token is predicted: [P, H], and [P] which sequence.
 
-        Nothing above that layer is run.
+        Nothing above that layer is run. `heard`: see `answers`.
         """
-        states, labels = self._run(rows, layer + 1)
+        states, labels = self._run(rows, layer + 1, heard)
         return states, labels.row
 
     def halve(self, rows: Sequence[Encoded]) -> bool:
@@ -114,7 +118,9 @@ class Forward:
         self._tokens = max(len(piece) * max(map(_length, piece)) for piece in pieces) // 2
         return True
 
-    def _run(self, rows: Sequence[Encoded], stop: int) -> tuple[torch.Tensor, _Labels]:
+    def _run(
+        self, rows: Sequence[Encoded], stop: int, heard: Collection[int]
+    ) -> tuple[torch.Tensor, _Labels]:
         """Flow into decoder layer `stop` where a label token is predicted, [P, H].
 
         Layer by layer over all pieces, so that one that is not in memory is read once.
@@ -125,14 +131,18 @@ class Forward:
         if self._beginning.next_layer == stop:
             states = [self._beginning.at_labels(*some) for some in zip(pieces, batches, strict=True)]
             return torch.cat(states), _labels(rows, device)
-        begin = _recomputed(self._beginning.begin) if once_more else self._beginning.begin
-        layer = _recomputed(run_layers) if once_more else run_layers
+        begin, layer = _once_more(self._beginning.begin, once_more), _once_more(_layer, once_more)
+        last = _once_more(_heard_layer if stop - 1 in heard else _last_layer, once_more)
         begun = [begin(*some) for some in zip(pieces, batches, strict=True)]
         flows = [flow for flow, _ in begun]
+        states = []
         for index in self.view.weights.each(range(self._beginning.next_layer, stop)):
             for at, (_, routed) in enumerate(begun):
-                flows[at] = layer(self.view, (index,), flows[at], routed)
-        states = [flow.states[batch.predicts_label()] for flow, batch in zip(flows, batches, strict=True)]
+                if index + 1 < stop:
+                    flows[at] = layer(self.view, index, flows[at], routed)
+                else:
+                    labels = batches[at].predicts_label()
+                    states.append(last(self.view, index, flows[at], routed, labels))
         return torch.cat(states), _labels(rows, device)
 
     def pieces(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
@@ -147,8 +157,25 @@ class Forward:
         return pieces
 
 
-def _recomputed(function: Callable[[*_Given], _Found]) -> Callable[[*_Given], _Found]:
-    """The same, keeping what it is given instead of its activations."""
+def _layer(view: MoEView, index: int, flow: Flow, routed: Route) -> Flow:
+    """A layer that is loaded once more where it is run once more."""
+    with view.weights.loaded(index):
+        return run_layer(view, index, flow, routed)
+
+
+def _last_layer(view: MoEView, index: int, flow: Flow, routed: Route, at: torch.Tensor) -> torch.Tensor:
+    with view.weights.loaded(index):
+        return run_layer_at(view, index, flow, routed, at)
+
+
+def _heard_layer(view: MoEView, index: int, flow: Flow, routed: Route, at: torch.Tensor) -> torch.Tensor:
+    return _layer(view, index, flow, routed).states[at]
+
+
+def _once_more(function: Callable[[*_Given], _Found], wanted: bool) -> Callable[[*_Given], _Found]:
+    """The same; where `wanted`, it keeps what it is given instead of its activations, and runs again backward."""
+    if not wanted:
+        return function
 
     def run(*given: *_Given) -> _Found:
         found: _Found = checkpoint(function, *given, use_reentrant=False)

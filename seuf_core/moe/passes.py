@@ -9,7 +9,7 @@ code too, over stand-ins again. So nothing here knows a family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +107,6 @@ def run_layer(view: MoEView, index: int, flow: Flow, routed: Route) -> Flow:
         kwargs = kwargs | {view.family.carries: flow.carried}
     output = view.model.get_decoder().layers[index](flow.states, *args, **kwargs)
     return Flow(*output) if isinstance(output, tuple) else Flow(output)
-
-
-def run_layers(view: MoEView, layers: Sequence[int], flow: Flow, routed: Route) -> Flow:
-    """Consecutive decoder layers over a batch, each loaded while it runs."""
-    for index in layers:
-        with view.weights.loaded(index):
-            flow = run_layer(view, index, flow, routed)
-    return flow
 
 
 def tail(view: MoEView, states: torch.Tensor) -> torch.Tensor:

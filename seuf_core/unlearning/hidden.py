@@ -102,7 +102,7 @@ class HiddenStateObjective:
         kept = retain if self._method.retain_loss == "hidden_mse" else []
         rows = self._data.rows(forget, kept)
         with capture_routing(self._forward.view, tuple(self._anchored), joined=True) as routing:
-            states, row = self._forward.states(rows, self._layer)
+            states, row = self._forward.states(rows, self._layer, heard=self._anchored)
         steered = row < len(forget)
         forget_term = losses.mse(states[steered], self._goal)
         retain_term = states.new_zeros((), dtype=torch.float32)

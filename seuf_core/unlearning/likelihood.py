@@ -140,7 +140,7 @@ class LikelihoodObjective:
         kept, alternatives = self._beside(forget, retain)
         rows = self._data.rows(forget, kept, alternatives)
         with capture_routing(self._forward.view, tuple(self._anchored), joined=True) as routing:
-            answers = self._forward.answers(rows)
+            answers = self._forward.answers(rows, heard=self._anchored)
         said = self._forget.said(answers, 0, forget)
         preferred = self._alternatives.said(answers, n + len(kept), alternatives)
         forget_term = FORGET_TERMS[method.objective](said, preferred, method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -41,15 +41,20 @@ def sequences() -> list[Encoded]:
 
 
 def gradients(
-    view: MoEView, leaves: TargetExperts, forward: Forward, rows: list[Encoded], layer: int | None
+    view: MoEView,
+    leaves: TargetExperts,
+    forward: Forward,
+    rows: list[Encoded],
+    layer: int | None,
+    heard: Collection[int] = (),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of one pass, over the answers or over what leaves a layer, and its gradient by every leaf."""
     with leaves.attached():
         if layer is None:
-            answers = forward.answers(rows)
+            answers = forward.answers(rows, heard)
             loss = torch.nn.functional.cross_entropy(tail(view, answers.states), answers.target)
         else:
-            loss = forward.states(rows, layer)[0].square().mean()
+            loss = forward.states(rows, layer, heard)[0].square().mean()
         found = torch.autograd.grad(loss, list(leaves.named_parameters().values()), materialize_grads=True)
     return loss.detach(), dict(zip(leaves.named_parameters(), found, strict=True))
 
@@ -77,7 +82,8 @@ def test_a_pass_from_constants(family: str, kind: str) -> None:
     for moved in (False, True, True):
         for layer in (None, min(targets), max(targets)):
             for some in (rows, [rows[4], rows[2]]):
-                loss, wanted = gradients(view, leaves, Forward(view), some, layer)
+                # Every layer as a whole, the last one too.
+                loss, wanted = gradients(view, leaves, Forward(view), some, layer, range(view.num_layers))
                 ours, found = gradients(view, leaves, begun, some, layer)
                 torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
                 # Of a leaf by its norm: single numbers near 0 are rounding of much larger ones.

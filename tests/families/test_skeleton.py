@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from seuf_core.checkpoint.index import read_index
 from seuf_core.errors import ModelError
 from seuf_core.moe.disk import all_tensors
-from seuf_core.moe.passes import embed, run_layers, tail
+from seuf_core.moe.passes import embed, run_layer, tail
 from seuf_core.moe.skeleton import open_model
 from seuf_core.moe.view import MoEView, moe_view
 from tests import tiny
@@ -55,8 +55,10 @@ def in_layers(view: MoEView) -> list[torch.Tensor]:
 def logits_layer_by_layer(view: MoEView) -> torch.Tensor:
     given = batch()
     flow, routed = embed(view, given)
-    states = run_layers(view, range(view.num_layers), flow, routed).states
-    return tail(view, states.flatten(0, 1)).view(*given.input_ids.shape, -1)
+    for index in range(view.num_layers):
+        with view.weights.loaded(index):
+            flow = run_layer(view, index, flow, routed)
+    return tail(view, flow.states.flatten(0, 1)).view(*given.input_ids.shape, -1)
 
 
 @torch.no_grad()

@@ -345,7 +345,7 @@ def test_layers_above_the_wanted_one_are_not_run() -> None:
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     Forward(moe_view(model)).states(sequences(), 1)
-    assert ran == [0, 1]
+    assert set(ran) == {0, 1}
 
 
 @torch.no_grad()

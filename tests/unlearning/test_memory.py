@@ -45,7 +45,10 @@ def room_for(
     if when == "forward":
         handle = layer.register_forward_pre_hook(lambda _, inputs: allocate(inputs[0]))
     else:
-        handle = layer.register_full_backward_hook(lambda _, __, outputs: allocate(outputs[0]))
+        # Inside attention: what comes after it runs on label positions, packed.
+        handle = layer.self_attn.o_proj.register_full_backward_pre_hook(
+            lambda _, outputs: allocate(outputs[0])
+        )
     try:
         yield seen
     finally:

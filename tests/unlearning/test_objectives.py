@@ -335,7 +335,7 @@ def test_padding_changes_no_term(name: str, retain_loss: str, monkeypatch: pytes
 
 @pytest.mark.parametrize(("name", "retain_loss"), BOTH_TERMS)
 def test_what_stands_where_no_label_is_predicted_changes_no_term(name: str, retain_loss: str) -> None:
-    """The last states of prompt, padding and last positions are replaced by large noise; those of labels are not."""
+    """What the last attention says to prompt, padding and last positions becomes large noise; to labels it does not."""
     view, _, terms_of = build(name, retain_loss=retain_loss)
     shaken(view)
     alternatives = PICKED if name == "dpo" else []
@@ -344,12 +344,18 @@ def test_what_stands_where_no_label_is_predicted_changes_no_term(name: str, reta
     assert 0 < int(free.sum()) < free.numel()
     plain = terms_of(PICKED, KEPT)
 
-    def spoil(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
-        return torch.where(free[..., None], 1e3 * torch.randn(output.shape), output)
+    def spoil(_: object, __: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        said, *rest = output
+        if said.shape[:2] == free.shape:  # else it is asked for the labels alone
+            said = torch.where(free[..., None], 1e3 * torch.randn(said.shape), said)
+            spoilt.append(said)
+        return (said, *rest)
 
+    spoilt: list[torch.Tensor] = []
     last = 1 if name in HIDDEN_STATE_OBJECTIVES else -1
-    view.model.get_decoder().layers[last].register_forward_hook(spoil)
+    view.model.get_decoder().layers[last].self_attn.register_forward_hook(spoil)
     spoiled = terms_of(PICKED, KEPT)
+    assert spoilt
     close(spoiled.forget, plain.forget.detach())
     close(spoiled.retain, plain.retain.detach())
 
