@@ -56,7 +56,7 @@ class Planning:
         Args:
             job: opened without layers, on the device of `place`.
         """
-        calibration = calibrate(job.view, job.folder, place.shape, work)
+        calibration = calibrate(job.view, place.shape, work)
         return cls(place.shape, tokens_of(job), place.machine, calibration)
 
     def before(self, job: Job) -> tuple[Job, Plan]:

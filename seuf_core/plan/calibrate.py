@@ -5,7 +5,6 @@ No random state is touched and the model is left as it was.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from seuf_core.checkpoint.reader import CheckpointReader
+from seuf_core.checkpoint.copying import copy_patched
+from seuf_core.checkpoint.index import TensorRecord
 from seuf_core.data.batches import Encoded, collate
 from seuf_core.moe.passes import Flow, Route, embed, run_layer, tail
 from seuf_core.moe.skeleton import open_model
@@ -33,7 +33,7 @@ WRITE_BYTES = 32 << 20
 REPEATS, REPEAT_SECONDS = 3, 0.05
 
 
-def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path) -> Calibration:
+def calibrate(view: MoEView, shape: ModelShape, work: Path) -> Calibration:
     """Measure a machine on a model.
 
     Memory: one layer and the activations of 256 tokens in it, forward and backward.
@@ -41,10 +41,11 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path) -> Cal
     Args:
         view: of the model, on the device that will be used. Afterwards it holds no layer: what the process has beside
             the embeddings is then its own, libraries warmed up.
-        folder: of the model; at most 256 MB of it are read, spread over all layers.
-        work: where a file of at most 32 MB is written and deleted.
+        work: where two files of 32 MB are written and deleted.
+
+    Layers from all over the model are loaded, twice each: at most 256 MB, and at least one.
     """
-    read_rate, cached = _read_rate(folder)
+    read_rate, reread_rate, cached = _read_rates(view, shape)
     layer = _layer(view)
     flops, device = shape.flops(layer), view.model.device
     view.model.requires_grad_(False)
@@ -63,7 +64,8 @@ def calibrate(view: MoEView, folder: Path, shape: ModelShape, work: Path) -> Cal
         head_rate=POSITIONS * shape.head_flops / head_seconds,
         step_rate=step_rate,
         read_rate=read_rate,
-        write_rate=_write_rate(work, min(WRITE_BYTES, shape.bytes)),
+        reread_rate=reread_rate,
+        write_rate=_write_rate(work),
         cached=cached,
         baseline_bytes=_own_bytes(view, shape),
         device=str(device),
@@ -163,32 +165,44 @@ def _step_rate(shape: ModelShape, device: torch.device) -> float:
     return leaf.numel() / _seconds(run, device)
 
 
-def _read_rate(folder: Path) -> tuple[float, bool]:
-    """Bytes/s of tensors from all over the files, and whether most of them came from the page cache."""
-    before, read, taken = io_counters(), 0, 0.0
-    with CheckpointReader(folder) as reader:
-        records = list(reader.index.tensors.values())
-        every = max(1, sum(record.bytes for record in records) // READ_BYTES)
-        for record in records[::every]:
-            if read >= READ_BYTES:
-                break
-            since = time.perf_counter()
-            reader.tensor(record.name)
-            taken += time.perf_counter() - since
-            read += record.bytes
-    fetched = io_counters().get("read_bytes", 0) - before.get("read_bytes", 0)
-    return read / max(taken, 1e-9), fetched < read / 2
+def _read_rates(view: MoEView, shape: ModelShape) -> tuple[float, float, bool]:
+    """Bytes/s of layers that are loaded for the first time and again, and whether the page cache had them before."""
+    before, layers = io_counters().get("read_bytes", 0), _spread(shape)
+    first = sum(_loading(view, layer) for layer in layers)
+    fetched = io_counters().get("read_bytes", 0) - before
+    again = sum(_loading(view, layer) for layer in layers)
+    read = shape.layer_bytes(layers)
+    return read / first, read / min(first, again), fetched < read / 2
 
 
-def _write_rate(work: Path, size: int) -> float:
+def _spread(shape: ModelShape) -> list[int]:
+    """Layers at even distances, of READ_BYTES together, and at least one."""
+    number = len(shape.layers)
+    some = max(1, min(number, READ_BYTES // max(1, shape.largest_layer)))
+    return [place * number // some for place in range(some)]
+
+
+def _loading(view: MoEView, layer: int) -> float:
+    """Seconds until a layer is in memory, which it then leaves."""
+    view.weights.hold(())
+    since = time.perf_counter()
+    with view.weights.loaded(layer):
+        return time.perf_counter() - since
+
+
+def _unchanged(record: TensorRecord) -> torch.Tensor:
+    raise AssertionError(record)  # nothing is patched
+
+
+def _write_rate(work: Path) -> float:
+    """Bytes/s of a file that is copied, read back and hashed, as a shard with changed tensors is."""
     work.mkdir(parents=True, exist_ok=True)
-    content = bytes(size)
-    with tempfile.TemporaryFile(dir=work) as file:
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        source, target = Path(folder) / "source", Path(folder) / "target"
+        source.write_bytes(bytes(WRITE_BYTES))
         since = time.perf_counter()
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        return size / (time.perf_counter() - since)
+        copy_patched(source, target, [], _unchanged, lambda _: None)
+        return WRITE_BYTES / (time.perf_counter() - since)
 
 
 def calibrate_model(folder: Path, device: torch.device | str) -> Calibration:
@@ -198,7 +212,7 @@ def calibrate_model(folder: Path, device: torch.device | str) -> Calibration:
         ModelError: as `seuf_core.moe.skeleton.open_model` does.
     """
     view = open_model(folder, device)
-    return calibrate(view, folder, model_shape(folder), Path(tempfile.gettempdir()))
+    return calibrate(view, model_shape(folder), Path(tempfile.gettempdir()))
 
 
 def accelerators() -> dict[str, int]:

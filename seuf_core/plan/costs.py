@@ -113,9 +113,10 @@ class Work:
 
     calls, flops: of layers, forward only. backward_calls, backward_flops: of layers that are run forward and
     backward, the flops counted once for each direction. head_flops: of the output head. starts: how often constants are
-    put together and the start layer is run. moved: numbers that the
-    optimiser moves. read: bytes of weights from disk; first: of these, what nothing is computed behind.
-    written: bytes to disk.
+    put together and the start layer is run. moved: numbers that the optimiser moves.
+    read: bytes of layers that are loaded; stored: of these, what is not in the page cache; first: of these, what
+    nothing is computed behind. copied: bytes of files that are copied, patched and read back. written: other bytes to
+    disk.
     """
 
     calls: int = 0
@@ -126,7 +127,9 @@ class Work:
     starts: int = 0
     moved: int = 0
     read: int = 0
+    stored: int = 0
     first: int = 0
+    copied: int = 0
     written: int = 0
 
     def layers(
@@ -159,12 +162,23 @@ class Work:
         """Of layers and head, in both directions."""
         return self.flops + self.backward_flops + self.head_flops
 
-    def seconds(self, rates: Calibration) -> float:
-        """Reading is hidden behind computing but for the first layer; writing is not.
+    @property
+    def bytes_read(self) -> int:
+        """Through system calls, from the page cache too."""
+        return self.read + 2 * self.copied
 
-        max(compute, read - first) + first + write, with compute = calls * fixed + flops / rate of each kind.
+    @property
+    def bytes_written(self) -> int:
+        """To disk."""
+        return self.written + self.copied
+
+    def seconds(self, rates: Calibration) -> float:
+        """Loading takes its own time, but what storage adds to that is hidden behind computing, save the first layer's.
+
+        max(compute + load, stored - first) + first + write, with compute = calls * fixed + flops / rate of each kind,
+        and stored, first in the seconds by which storage is slower than the page cache.
         """
-        computing = (
+        busy = (
             self.calls * rates.layer_seconds
             + self.flops / rates.layer_rate
             + self.backward_calls * rates.backward_seconds
@@ -172,9 +186,12 @@ class Work:
             + self.head_flops / rates.head_rate
             + self.starts * START_SECONDS
             + self.moved / rates.step_rate
+            + self.read / rates.reread_rate
         )
-        behind = (self.read - self.first) / rates.read_rate
-        return max(computing, behind) + self.first / rates.read_rate + self.written / rates.write_rate
+        waiting = max(0.0, 1 / rates.read_rate - 1 / rates.reread_rate)
+        behind = (self.stored - self.first) * waiting
+        writing = (self.written + self.copied) / rates.write_rate
+        return max(busy, behind) + self.first * waiting + writing
 
 
 def passes(tokens: int, per_pass: int) -> int:

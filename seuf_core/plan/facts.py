@@ -261,7 +261,8 @@ class Calibration:
     layer_rate: FLOP/s of a decoder layer's matrices, beyond `layer_seconds`, which each call of a layer costs
         however few tokens go through (its weights pass the processor once). backward_rate, backward_seconds: the
         same of a forward and backward pass together, by activations only. head_rate: FLOP/s of the output head.
-    read_rate, write_rate: bytes/s of files; cached: whether what was read lay in the page cache already.
+    read_rate: bytes/s of layers that are loaded for the first time; reread_rate: of such that lie in the page cache;
+        cached: whether they all did. write_rate: bytes/s of a file that is copied, read back and hashed.
     step_rate: elements that the optimiser moves a second. baseline_bytes: anonymous memory of the process without
     the model.
     device: where the rates were measured.
@@ -274,6 +275,7 @@ class Calibration:
     head_rate: float
     step_rate: float
     read_rate: float
+    reread_rate: float
     write_rate: float
     cached: bool
     baseline_bytes: int
@@ -303,9 +305,10 @@ class Machine:
 
     memory: bytes that the job may have on the host. limit: where that figure comes from, in words.
     devices: name -> bytes that it may have on each accelerator, as whoever has torch passes it in
-    (torch.cuda.mem_get_info).
+    (torch.cuda.mem_get_info). cache: bytes of files that may stay in the page cache; None = as many as there are.
     """
 
     memory: int
     limit: str
     devices: dict[str, int]
+    cache: int | None = None

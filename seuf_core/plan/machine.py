@@ -31,10 +31,10 @@ def machine(memory: int | str | None = None, devices: dict[str, int] | None = No
     """
     if memory is None:
         memory = os.environ.get(MEMORY_VARIABLE) or None
-    if memory is not None:
-        return Machine(parse_size(memory), "what was given", devices or {})
     free, limit = min(_free(), key=lambda found: found[0])
-    return Machine(int(USABLE * free), f"{USABLE:.0%} of {limit}", devices or {})
+    if memory is not None:
+        return Machine(parse_size(memory), "what was given", devices or {}, free)
+    return Machine(int(USABLE * free), f"{USABLE:.0%} of {limit}", devices or {}, free)
 
 
 @dataclass(frozen=True)

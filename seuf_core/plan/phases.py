@@ -51,9 +51,9 @@ def attributing(setting: Setting) -> Draft:
     sets = [tokens.forget] + ([tokens.retain] if method.attribution == "contrast" else [])
     halves = [-(-one.tokens // 2) for one in sets for _ in range(2)]
     layers, read = range(len(shape.layers)), sum(one.tokens for one in sets)
-    work = Work(read=shape.bytes, first=shape.outside_bytes + shape.layers[0].bytes)
-    if setting.residency == "whole":
-        work.first = shape.bytes
+    size = shape.layer_bytes(layers)
+    whole = setting.residency == "whole"
+    work = Work(read=size, stored=size, first=size if whole else shape.layers[0].bytes)
     work.layers(shape, layers, read, sum(passes(half, costs.TOKENS_PER_SCORE) for half in halves))
     memory = setting.base_memory(training=False) | {
         "states": costs.in_memory(costs.states_bytes(shape, read)),
@@ -74,7 +74,7 @@ def _differentiating(setting: Setting, work: Work, before: dict[str, int]) -> di
     work.both_ways(shape, layers, forget.tokens, times, 1)
     work.head_flops += 2 * forget.labels * shape.head_flops
     if setting.residency != "whole":
-        work.read += 2 * shape.layer_bytes(layers)
+        _read_again(setting, work, 2 * shape.layer_bytes(layers))
     own = {
         "states": costs.in_memory((len(layers) + 1) * costs.states_bytes(shape, forget.tokens)),
         "activations": costs.kept_bytes(shape, batch)
@@ -94,11 +94,9 @@ def constants(setting: Setting) -> Draft:
     shape, everything = setting.shape, setting.everything
     work = Work()
     if setting.residency != "whole":
-        work.read = shape.layer_bytes(range(setting.start + 1))
-        work.first = shape.layers[0].bytes
-    if setting.residency == "suffix":
-        work.read += shape.layer_bytes(setting.suffix)
-        work.first += shape.layer_bytes(setting.suffix)
+        held = setting.suffix if setting.residency == "suffix" else setting.targets.layers
+        _read_again(setting, work, shape.layer_bytes(held), behind_nothing=True)
+        _read_again(setting, work, shape.layer_bytes(range(setting.start)))
     times = passes(everything.tokens, costs.TOKENS_PER_PASS)
     work.layers(shape, range(setting.start + 1), everything.tokens, times)
     _ask_base(setting, work, setting.suffix[1:])
@@ -119,7 +117,16 @@ def _ask_base(setting: Setting, work: Work, layers: range) -> None:
     work.layers(shape, layers, asked.tokens, calls, asked.labels)
     work.head_flops += asked.labels * shape.head_flops
     if setting.residency == "streamed":
-        work.read += calls * shape.layer_bytes(layers)
+        others = [layer for layer in layers if layer not in setting.targets.layers]
+        _read_again(setting, work, calls * shape.layer_bytes(others))
+
+
+def _read_again(setting: Setting, work: Work, size: int, *, behind_nothing: bool = False) -> None:
+    """Adds the loading of layers that attribution has read before."""
+    stored = 0 if setting.cached else size
+    work.read += size
+    work.stored += stored
+    work.first += stored if behind_nothing else 0
 
 
 def _compared(setting: Setting) -> TokenCounts:
@@ -170,8 +177,8 @@ def unlearning(setting: Setting) -> Draft:
     _looks(setting, work)
     work.written = looks_of(setting) * 16 * setting.trained
     if not setting.targets.layers:  # nothing was loaded or asked before
-        work.read += shape.bytes
-        work.first += shape.bytes
+        size = shape.layer_bytes(range(len(shape.layers)))
+        work.read, work.stored, work.first = size, size, size
         _ask_base(setting, work, setting.suffix)
     look = costs.forward_bytes(shape, min(selection.tokens, costs.TOKENS_PER_LOOK))
     look += costs.states_bytes(shape, min(selection.tokens, costs.TOKENS_OF_A_LOOK))
@@ -199,15 +206,14 @@ def _steps(setting: Setting, work: Work) -> None:
         # What is kept of frozen experts is kept when it is first asked for.
         work.layers(shape, layers[:1], method.steps * batch.tokens, method.steps)
     if setting.recomputed:
-        again = costs.operations(shape, above, batch.tokens, labels)
         work.calls += method.steps * setting.pieces * len(above)
-        work.flops += method.steps * again
+        work.flops += method.steps * costs.operations(shape, above, batch.tokens, labels)
     if method.objective not in HIDDEN_STATE_OBJECTIVES:
         work.head_flops += 2 * method.steps * batch.labels * shape.head_flops
     work.moved = method.steps * setting.trained
     if setting.residency == "streamed":
         again = [layer for layer in layers if layer not in setting.targets.layers]
-        work.read += method.steps * 2 * shape.layer_bytes(again)
+        _read_again(setting, work, method.steps * 2 * shape.layer_bytes(again))
 
 
 def looks_of(setting: Setting) -> int:
@@ -225,7 +231,7 @@ def _looks(setting: Setting, work: Work) -> None:
     work.head_flops += times * selection.labels * shape.head_flops
     if setting.residency == "streamed":
         others = [layer for layer in setting.suffix if layer not in setting.targets.layers]
-        work.read += times * shape.layer_bytes(others)
+        _read_again(setting, work, times * shape.layer_bytes(others))
 
 
 def _trained_bytes(setting: Setting) -> int:
@@ -282,10 +288,10 @@ def evaluating(setting: Setting) -> Draft:
     work.layers(shape, setting.suffix, stages * test.tokens, stages * times, stages * test.labels)
     work.head_flops += stages * test.labels * shape.head_flops
     if setting.residency != "whole":
-        work.read += shape.layer_bytes(below)
+        _read_again(setting, work, shape.layer_bytes(below))
     if setting.residency == "streamed":
         others = [layer for layer in setting.suffix if layer not in setting.targets.layers]
-        work.read += stages * shape.layer_bytes(others)
+        _read_again(setting, work, stages * shape.layer_bytes(others))
     states = costs.states_bytes(shape, test.tokens)
     look = costs.states_bytes(shape, min(test.tokens, costs.TOKENS_OF_A_LOOK))
     memory = setting.base_memory(training=True, below=True) | {
@@ -308,6 +314,6 @@ def publishing(setting: Setting) -> Draft:
     else:
         dirty = {shard for layer in setting.targets.layers for shard in shape.layers[layer].shards}
     size = sum(shape.shards[name] for name in dirty)
-    work = Work(read=2 * size, first=2 * size, written=size + changed)
+    work = Work(copied=size, written=changed)
     memory = setting.base_memory(training=True) | {"trained": _found_bytes(setting)}
     return Draft("publishing", work, memory)

@@ -139,7 +139,8 @@ def make_plan(
     chosen = targets or worst_targets(shape, method)
     device = choose_device(shape, machine)
     budget = device.memory
-    setting = Setting(shape, tokens, method, chosen, calibration)
+    cached = machine.cache is None or shape.bytes <= machine.cache
+    setting = Setting(shape, tokens, method, chosen, calibration, cached=cached)
     allowed = tuple(name for name in among if name in _allowed(method))
     residency, micro, drafts = _first_that_fits(setting, budget, allowed)
     peak = max(draft.peak for draft in drafts)
@@ -210,7 +211,7 @@ def _micro_batches(setting: Setting) -> Iterator[int]:
 def _phase(draft: Draft, calibration: Calibration | None) -> Phase:
     work = draft.work
     seconds = round(work.seconds(calibration), 3) if calibration else None
-    return Phase(draft.name, work.read, work.written, work.all_flops, seconds, draft.memory)
+    return Phase(draft.name, work.bytes_read, work.bytes_written, work.all_flops, seconds, draft.memory)
 
 
 def _total(planned: tuple[Phase, ...]) -> float | None:

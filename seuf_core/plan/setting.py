@@ -43,7 +43,10 @@ def worst_targets(shape: ModelShape, method: Method) -> Targets:
 
 @dataclass(frozen=True)
 class Setting:
-    """One job on one model, and how its weights are kept."""
+    """One job on one model, and how its weights are kept.
+
+    cached: whether a layer that was read once lies in the page cache when it is read again.
+    """
 
     shape: ModelShape
     tokens: JobTokens
@@ -52,6 +55,7 @@ class Setting:
     calibration: Calibration | None
     residency: Residency = "whole"
     micro: int = 0
+    cached: bool = True
 
     @property
     def start(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from seuf_core.plan.facts import Calibration, JobTokens, LayerShape, Machine, ModelShape, TokenCounts
 
 # One operation, one byte, one number a second: seconds are then counts.
@@ -13,6 +15,7 @@ UNIT = Calibration(
     head_rate=1.0,
     step_rate=1.0,
     read_rate=1.0,
+    reread_rate=math.inf,
     write_rate=1.0,
     cached=False,
     baseline_bytes=0,

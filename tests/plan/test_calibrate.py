@@ -19,9 +19,9 @@ def test_any_family_is_measured_and_left_as_it_was(family: str, tmp_path: Path) 
     folder = tiny.write_model(tmp_path / "model", family)
     view = open_model(folder)
     state, random = torch.get_rng_state(), [t.clone() for t in view.model.state_dict().values()]
-    found = calibrate(view, folder, model_shape(folder), tmp_path / "work")
+    found = calibrate(view, model_shape(folder), tmp_path / "work")
     rates = {name: value for name, value in found.as_dict().items() if name.endswith("_rate")}
-    assert len(rates) == 6
+    assert len(rates) == 7
     assert all(rate > 0 for rate in rates.values()), rates
     assert 0 < found.baseline_bytes < anonymous_bytes()
     assert found.device == "cpu"

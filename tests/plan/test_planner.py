@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from seuf_core.method import Method
 from seuf_core.plan import costs, phases
-from seuf_core.plan.facts import LayerShape, TokenCounts
+from seuf_core.plan.facts import LayerShape, Machine, TokenCounts
 from seuf_core.plan.planner import Plan, make_plan
 from seuf_core.plan.setting import Setting, Targets, worst_targets
 from tests.plan.made import UNIT, shape, tokens, with_memory
@@ -107,14 +108,38 @@ def test_operations_by_hand() -> None:
     layer = 2 * (4000 + 2 * 3000)  # all of the dense part and 2 of 16 experts
     attributing = next(phase for phase in made.phases if phase.name == "attributing")
     assert attributing.flops == 4 * 2000 * layer
-    # Without rates but 1 a second, reading 4.1 GB before anything can begin.
-    assert attributing.seconds == 4 * 2000 * layer + 4_100_000_000
+    # Without rates but 1 a second, reading 4 GB before anything can begin.
+    assert attributing.seconds == 4 * 2000 * layer + 4_000_000_000
 
 
-def test_reading_hides_behind_computing() -> None:
-    work = costs.Work(flops=10, read=8, first=3, written=2)
+def test_storage_hides_behind_computing_and_loading_does_not() -> None:
+    work = costs.Work(flops=10, read=8, stored=8, first=3, written=1, copied=1)
     assert work.seconds(UNIT) == 10 + 3 + 2
     assert replace(work, flops=1).seconds(UNIT) == 5 + 3 + 2
+    # From the page cache 2 bytes a second: half of each byte's second is loading, which nothing hides.
+    slow = replace(UNIT, reread_rate=2.0)
+    assert work.seconds(slow) == (10 + 8 / 2) + 3 / 2 + 2
+    assert replace(work, stored=0, first=0).seconds(slow) == 10 + 8 / 2 + 2
+    assert (work.bytes_read, work.bytes_written) == (8 + 2, 2)
+
+
+def test_what_does_not_fit_into_the_page_cache_comes_from_storage_every_time() -> None:
+    """4.1 GB of files; streamed, all layers but the target's are read twice in each of 20 steps, and in 2 looks."""
+    rates = replace(UNIT, layer_rate=math.inf, backward_rate=math.inf, head_rate=math.inf, step_rate=math.inf)
+    seconds = [
+        make_plan(
+            shape(),
+            tokens(),
+            NPO,
+            Machine(2_200_000_000, "what was given", {}, cache),
+            calibration=replace(rates, write_rate=math.inf),
+            targets=Targets((0,), 1),
+        )
+        for cache in (4_000_000_000, 4_100_000_000)
+    ]
+    cold, warm = (next(phase for phase in made.phases if phase.name == "unlearning") for made in seconds)
+    assert cold.bytes_read == warm.bytes_read == (2 * 20 + 2) * 3 * 1_000_000_000
+    assert (cold.seconds or 0) - (warm.seconds or 0) == pytest.approx(cold.bytes_read)
 
 
 @pytest.mark.parametrize("name", ["forget", "retain", "selection", "test"])
