@@ -2,10 +2,10 @@
 
 Each in a process of its own, in turn, from files to files. Ours does what every job does besides: it looks at a small
 evaluation set before and after, measures its test part, verifies what it wrote and writes a delta; all of that is in
-its time. The naive way loads the model twice, attributes with hooks at one batch size, trains N1 and calls
-`save_pretrained`. Both train the same expert: the router of one layer is surer than the others, so that the highest
-affinity is there. Which jobs, how long and how often: benchmarks.cells.JOBS. Of shapes too large for two copies in
-memory only ours is measured, with little memory.
+its time, and the base is one whose digests nobody remembers. The naive way loads the model twice, attributes with
+hooks at one batch size, trains N1 and calls `save_pretrained`. Both train the same expert: the router of one layer is
+surer than the others, so that the highest affinity is there. Which jobs, how long and how often: benchmarks.cells.JOBS.
+Of shapes too large for two copies in memory only ours is measured, with little memory.
 
 Figures: jobs/<shape>/<objective>/<place>/<free|3GB ...>/<ours|naive>/<seconds|peak_anonymous>, .../ours/<phase> in
 seconds, .../<steps|layer>, and .../residency/<whole|suffix|streamed> for the one that the plan chose.
@@ -39,6 +39,7 @@ from benchmarks.setting import (
     write_texts,
 )
 from benchmarks.steps import on_batches, room, whole
+from benchmarks.writing import digests_in
 from seuf_core import unlearn
 from seuf_core.data.batches import encode_examples
 from seuf_core.inputs import Inputs, read_inputs
@@ -128,7 +129,11 @@ def _inputs(files: JobFiles, method: Method) -> Inputs:
 
 
 def _ours(files: JobFiles, method: Method, out: Path, memory: str) -> Done:
-    with tempfile.TemporaryDirectory(dir=out.parent) as work, PeakMemory() as peak:
+    with (
+        tempfile.TemporaryDirectory(dir=out.parent) as work,
+        digests_in(Path(work) / "digests", empty=True),
+        PeakMemory() as peak,
+    ):
         seconds, result = timed(
             lambda: unlearn(
                 files.model,

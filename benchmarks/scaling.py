@@ -32,7 +32,7 @@ from seuf_core.families import family_of
 from seuf_core.job import load
 
 SHAPE: Final = "olmoe-125m"
-REPEATS: Final = 2
+REPEATS: Final = 3
 
 
 @dataclass(frozen=True)

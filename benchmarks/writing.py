@@ -89,7 +89,7 @@ def measure_writing(base: Path, scratch: Path, layer: int, rounds: int) -> Found
                 turn = _turn(partial(_save, model, base, written), written)
             else:
                 write = partial(write_checkpoint, base, written, changed, "benchmark", share=SHARES[name])
-                with _cache(scratch / name, empty=name == "first"):
+                with digests_in(scratch / name, empty=name == "first"):
                     turn = _turn(write, written)
             if number:
                 taken.append(turn)
@@ -178,8 +178,8 @@ def check_equal(model: Any, base: Path, changed: Mapping[str, torch.Tensor]) -> 
 
 
 @contextmanager
-def _cache(folder: Path, *, empty: bool) -> Iterator[None]:
-    """Digests are remembered in `folder`."""
+def digests_in(folder: Path, *, empty: bool) -> Iterator[None]:
+    """Digests of a base's shards are remembered in `folder`; `empty`: none yet."""
     if empty:
         shutil.rmtree(folder, ignore_errors=True)
     before = os.environ.get("SEUF_CACHE")
