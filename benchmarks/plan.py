@@ -1,6 +1,6 @@
 """Plans against what jobs did: memory and seconds of different jobs, each in a fresh process.
 
-    python -m benchmarks.plan build/shapes build/plan.json
+python -m benchmarks.plan build/shapes build/plan.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.setting import Objective, Router, Setting, method_of, texts, write_probes, write_texts
-from seuf_core.method import Method
+from seuf_core.method import Attribution, Method, Scope
 
 # What a plan may be off by: a fifth of memory, half as much time again.
 MEMORY, SECONDS = 0.2, 1.5
@@ -36,6 +36,8 @@ class Case:
     memory: str = ""
     router: Router = "freeze"
     batch_size: int = 4
+    scope: Scope = "seuf"
+    attribution: Attribution = "affinity"
 
 
 CASES: Final[tuple[Case, ...]] = (
@@ -52,13 +54,16 @@ CASES: Final[tuple[Case, ...]] = (
     Case("qwen2-moe-1b", "npo", 9, memory="1900MB"),
     Case("qwen2-moe-1b", "gradient_difference", 1, memory="1100MB", steps=2),
     Case("qwen2-moe-1b", "npo", 2, router="train", batch_size=8),
+    Case("olmoe-125m", "npo", 3, examples=32, length=64, scope="lora"),
+    Case("olmoe-125m", "npo", 3, examples=32, length=64, attribution="gradient"),
 )
 
 
 def method_for(case: Case) -> Method:
-    """The method of a case: one run of fixed strength that trains one expert."""
+    """The method of a case: one run of fixed strength that trains one expert, or adapters."""
     changed = {
-        "attribution": "affinity",
+        "scope": case.scope,
+        "attribution": case.attribution,
         "seed": case.seed,
         "batch_size": case.batch_size,
         "max_length": case.length,
@@ -111,7 +116,10 @@ def jobs_against_plans(setting: Setting, cases: tuple[Case, ...] = CASES) -> lis
             {"case": case.__dict__, "folder": str(setting.folder.absolute()), "size": setting.size}
         )
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.plan", "--one", asked], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "benchmarks.plan", "--one", asked],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{case}: {done.stderr[-2000:]}")

@@ -86,13 +86,18 @@ def in_memory(size: int, limit: int = STATES_IN_MEMORY) -> int:
     return size if size <= limit else 0
 
 
-def trained_bytes(elements: int, number: int = 4) -> int:
-    """What n trained numbers take while they are trained, 9 numbers each.
+def trained_bytes(elements: int, looks: int, number: int = 4) -> int:
+    """What n trained numbers take while they are trained: 9 numbers each, and 12 where there are several looks.
 
     Value, gradient and the two moments of AdamW; the value before training and that of the best step; and the last
-    training checkpoint: value and both moments. While one is taken the one before it is still there: 3 more.
+    training checkpoint: value and both moments. While a second one is taken the one before it is still there.
     """
-    return 12 * number * elements
+    return (9 if looks < 2 else 12) * number * elements
+
+
+def found_bytes(elements: int, number: int = 4) -> int:
+    """What is left of that when the best step is known: 5 numbers each."""
+    return 5 * number * elements
 
 
 def operations(shape: ModelShape, layers: Sequence[int], tokens: int, labels: int | None = None) -> int:

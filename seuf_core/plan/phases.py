@@ -237,14 +237,17 @@ def _looks(setting: Setting, work: Work) -> None:
 def _trained_bytes(setting: Setting) -> int:
     """Of a whole model the value itself is among the layers already."""
     if setting.method.scope == "full":
-        return costs.trained_bytes(setting.trained, setting.shape.number) - setting.shape.bytes
-    return costs.trained_bytes(setting.trained)
+        among = setting.shape.bytes
+        return costs.trained_bytes(setting.trained, looks_of(setting), setting.shape.number) - among
+    return costs.trained_bytes(setting.trained, looks_of(setting))
 
 
 def _found_bytes(setting: Setting) -> int:
-    """What is left of that when the best step is known: 5 of 12; and of adapted matrices what they were."""
+    """What of it is left when the best step is known; and of adapted matrices what they were."""
+    if setting.method.scope == "full":
+        return costs.found_bytes(setting.trained, setting.shape.number) - setting.shape.bytes
     adapted = _adapted_bytes(setting) if setting.method.scope == "lora" else 0
-    return _trained_bytes(setting) * 5 // 12 + adapted
+    return costs.found_bytes(setting.trained) + adapted
 
 
 def _adapted_bytes(setting: Setting) -> int:

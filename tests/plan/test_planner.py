@@ -98,6 +98,12 @@ def test_states_and_trained_numbers_by_hand() -> None:
     assert memory_of(made, "attributing")["states"] == 2000 * 100 * 2
     # 3 * I * H numbers of one expert; 4 bytes; value, gradient, 2 moments, base, best, and a checkpoint twice.
     assert memory_of(made, "unlearning")["trained"] == 3000 * 4 * 12
+    # With one look there is no checkpoint before the last one.
+    once = plan(method=NPO.model_copy(update={"evaluate_every": NPO.steps}))
+    assert memory_of(once, "unlearning")["trained"] == 3000 * 4 * 9
+    assert (
+        memory_of(once, "publishing")["trained"] == memory_of(made, "publishing")["trained"] == 3000 * 4 * 5
+    )
     assert memory_of(made, "attributing")["process"] == 0  # as calibrated
     # Of a chunk of 128 positions: logits in 2 bytes and 12 bytes of fp32 beside them; a look has 20 * 5 labels.
     assert memory_of(made, "unlearning")["head"] == 100 * 1000 * 14
