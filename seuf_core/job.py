@@ -14,6 +14,7 @@ from seuf_core.evaluate.probes import EncodedProbe, encode_probes, sequences_of
 from seuf_core.inputs import Inputs
 from seuf_core.method import Method
 from seuf_core.moe.skeleton import open_model
+from seuf_core.moe.trail import Trail
 from seuf_core.moe.view import MoEView, require_experts
 from seuf_core.observer import Observer
 from seuf_core.plan.setting import Residency
@@ -27,6 +28,7 @@ class Job:
     residency: which decoder layers are in memory: `whole`, all of them; `suffix`, none while experts are scored, then
     those from the lowest target layer on; `streamed`, then those of the targets only. The others are read when they
     are needed. micro_batch_tokens: padded tokens that go through at once while training; None = a whole step.
+    trail: what flowed into the layers of the base model; None where nobody will ask.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Job:
     observer: Observer
     residency: Residency = "whole"
     micro_batch_tokens: int | None = None
+    trail: Trail | None = None
 
     def hold_for(self, targets: Mapping[int, tuple[int, ...]]) -> None:
         """Keep the layers in memory that training these experts keeps there; without any, all of them."""

@@ -39,7 +39,7 @@ def open_passes(job: Job, targets: Targets, work: Path) -> Passes:
     recompute = job.residency == "streamed"
     if not targets or view.family.carries is not None:
         return Passes(Forward(view, tokens=micro, recompute=recompute), Forward(view, tokens=TOKENS_PER_LOOK))
-    shelf = Shelf(CONSTANTS_IN_MEMORY, _made(work))
+    shelf = Shelf(CONSTANTS_IN_MEMORY, work)
     examples = [*job.data.forget, *job.data.retain, *job.data.alternatives]
     probes = sequences_of(job.selection_probes)
     training: FrozenRouter | TrainedRouter
@@ -49,7 +49,7 @@ def open_passes(job: Job, targets: Targets, work: Path) -> Passes:
         training, looks = TrainedRouter(view, targets, shelf), FromStates(view, min(targets), shelf)
     else:
         training = looks = FrozenRouter(view, targets, shelf)
-    keep_all(view, [(training, examples), (looks, probes)], folder=work)
+    keep_all(view, [(training, examples), (looks, probes)], folder=work, trail=job.trail)
     return Passes(
         Forward(view, training, tokens=micro, recompute=recompute),
         Forward(view, looks, tokens=TOKENS_PER_LOOK),
@@ -61,11 +61,6 @@ def open_test_pass(job: Job, targets: Targets, work: Path) -> Forward:
     job.hold_for(targets)
     if not targets or job.view.family.carries is not None:
         return Forward(job.view, tokens=TOKENS_PER_LOOK)
-    constants = FromStates(job.view, min(targets), Shelf(CONSTANTS_IN_MEMORY, _made(work)))
+    constants = FromStates(job.view, min(targets), Shelf(CONSTANTS_IN_MEMORY, work))
     keep_all(job.view, [(constants, sequences_of(job.test_probes))], folder=work)
     return Forward(job.view, constants, tokens=TOKENS_PER_LOOK)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -30,6 +30,7 @@ from seuf_core.job import Job, open_job
 from seuf_core.method import Method
 from seuf_core.moe.disk import round_to_disk
 from seuf_core.moe.routing import can_mask, experts_masked
+from seuf_core.moe.trail import Trail
 from seuf_core.observer import Observer, Silent
 from seuf_core.passes import open_test_pass
 from seuf_core.plan.measure import Recorder, compare
@@ -142,12 +143,13 @@ def unlearn(
         inputs = read_inputs(model, forget, retain, evaluation, method, observer)
         place = Place.of(model, memory)
         job = open_job(model, inputs, method, observer, "suffix", place.device)
+        job = replace(job, trail=Trail(folder=work) if method.selects_experts else None)
         recorder.phase("planning")
         planning = Planning.of(job, place, work)
         recorder.phase("attributing")
         job, plan = planning.before(job)
         observer.event("plan", {"plan": plan.as_dict()})
-        attributed = attribute(job) if method.selects_experts else None
+        attributed = attribute(job, work) if method.selects_experts else None
         recorder.phase("unlearning")
         candidates = attributed.candidates if attributed else ((),)
         found = search(job, candidates, work, _announcing(job, attributed), planning.obeyed)
@@ -226,8 +228,12 @@ def attribute_only(
     return attribute(open_job(model, inputs, method, observer, "suffix"))
 
 
-def attribute(job: Job) -> Attributed:
-    """Score every expert on the training parts and choose the targets."""
+def attribute(job: Job, work: Path | None = None) -> Attributed:
+    """Score every expert on the training parts and choose the targets.
+
+    Args:
+        work: folder for hidden states that are too many for memory; None = the system's temporary folder.
+    """
     view, data, method = job.view, job.data, job.method
     scored = score_experts(
         view,
@@ -235,6 +241,8 @@ def attribute(job: Job) -> Attributed:
         data.retain,
         method,
         lambda done, total: job.observer.phase("attributing", done, total),
+        scratch=work,
+        trail=job.trail,
     )
 
     candidates = selections(scored, method)

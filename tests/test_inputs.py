@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from seuf_core.attribution.statistics import routing_statistics
 from seuf_core.data.batches import collate, encode_examples
 from seuf_core.errors import DataError, ModelError
 from seuf_core.inputs import SELECTION_PROBES, Inputs, read_inputs
@@ -17,6 +16,7 @@ from seuf_core.method import Attribution, Method
 from seuf_core.observer import Silent
 from seuf_core.pipeline import attribute, open_job
 from tests import tiny
+from tests.scored import routing_statistics
 
 
 class Recorder(Silent):

@@ -8,7 +8,7 @@ fused gradient [E, 2I, H].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +48,6 @@ class Derivatives:
     def __add__(self, other: Derivatives) -> Derivatives:
         """Derivatives of both sets together."""
         return Derivatives(self.sums + other.sums, self.sequences + other.sequences)
-
-
-def expert_derivatives(view: MoEView, batches: Iterable[Batch]) -> Derivatives:
-    """`derivatives_of_sets` of one set."""
-    (only,) = derivatives_of_sets(view, [list(batches)])
-    return only
 
 
 def derivatives_of_sets(

@@ -15,9 +15,11 @@ import torch
 
 from seuf_core.attribution.gradient import Derivatives, derivatives_of_sets, work_of_derivatives
 from seuf_core.attribution.statistics import RoutingStatistics, statistics_of_sets, work_of_statistics
-from seuf_core.data.batches import PADDING, Encoded, length_bucketed
+from seuf_core.data.batches import PADDING, Encoded, bucketed, collate, length_bucketed
 from seuf_core.method import Attribution, Method
+from seuf_core.moe.passes import Flow
 from seuf_core.moe.sweep import Progress, no_progress
+from seuf_core.moe.trail import Trail
 from seuf_core.moe.view import MoEView
 
 # Padded tokens that go through a layer at once, forward, and forward and backward, which keeps its activations.
@@ -140,6 +142,7 @@ def score_experts(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     tokens_per_backward: int = TOKENS_PER_BACKWARD,
     scratch: Path | None = None,
+    trail: Trail | None = None,
 ) -> Scored:
     """Score every expert by `method.attribution`.
 
@@ -154,16 +157,24 @@ def score_experts(
         progress: called with how much is done and how much there is to do, in sequences times layers.
         tokens_per_batch, tokens_per_backward: results do not depend on them, but for rounding.
         scratch: a folder for hidden states that are too many for memory; None = the system's temporary folder.
+        trail: told what flows into each layer, of every sequence that is read.
     """
     score = SCORES[method.attribution]
     read = [forget[0::2], forget[1::2]] + ([retain[0::2], retain[1::2]] if score.reads_retain else [])
-    sets = [list(length_bucketed(rows, tokens_per_batch, PADDING)) for rows in read]
+    buckets = [list(bucketed(rows, lambda row: len(row.input_ids), tokens_per_batch)) for rows in read]
+    sets = [[collate(bucket) for bucket in one] for one in buckets]
+    numbered = [bucket for one in buckets for bucket in one]
+
+    def entered(layer: int, number: int, flow: Flow) -> None:
+        if trail is not None:
+            trail.put(layer, numbered[number], flow)
+
     backward = [
         list(length_bucketed(rows, tokens_per_backward, PADDING)) for rows in read[:2] if score.reads_gradient
     ]
     forward_work, backward_work = work_of_statistics(view, sets), work_of_derivatives(view, backward)
     total = forward_work + backward_work
-    statistics = statistics_of_sets(view, sets, lambda done, _: progress(done, total), scratch)
+    statistics = statistics_of_sets(view, sets, lambda done, _: progress(done, total), scratch, entered)
     derivatives = derivatives_of_sets(
         view, backward, lambda done, _: progress(forward_work + done, total), scratch
     )

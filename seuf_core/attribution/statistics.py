@@ -5,7 +5,7 @@ Letters: L sparse layers, E experts, K experts a token, T tokens, P answer posit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from seuf_core.data.batches import Batch
 from seuf_core.moe.routing import Routing, capture_routing
-from seuf_core.moe.sweep import Progress, no_progress, sweep
+from seuf_core.moe.sweep import Entered, Progress, no_progress, nobody, sweep
 from seuf_core.moe.view import MoEView
 
 
@@ -77,20 +77,13 @@ class RoutingStatistics:
         )
 
 
-def routing_statistics(
-    view: MoEView, batches: Iterable[Batch], progress: Progress = no_progress
-) -> RoutingStatistics:
-    """`statistics_of_sets` of one set."""
-    (only,) = statistics_of_sets(view, [list(batches)], progress)
-    return only
-
-
 @torch.no_grad()
 def statistics_of_sets(
     view: MoEView,
     sets: Sequence[Sequence[Batch]],
     progress: Progress = no_progress,
     scratch: Path | None = None,
+    entered: Entered = nobody,
 ) -> list[RoutingStatistics]:
     """What the routers do with each set, all of them in one pass over the layers.
 
@@ -100,6 +93,7 @@ def statistics_of_sets(
     Args:
         progress: hears of every layer that a batch went through; done and all to do, in sequences times layers.
         scratch: a folder for hidden states that are too many for memory; None = the system's temporary folder.
+        entered: see `seuf_core.moe.sweep.sweep`; batches count through all sets.
     """
     L, E, K = len(view.layers), view.num_experts, view.num_experts_per_tok
     batches = [batch for batches in sets for batch in batches]
@@ -110,7 +104,7 @@ def statistics_of_sets(
     last, done = max(view.layer_indices, default=-1), 0
     total = work_of_statistics(view, sets)
     with capture_routing(view) as routing:
-        for layer, number in sweep(view, batches, last, folder=scratch):
+        for layer, number in sweep(view, batches, last, folder=scratch, entered=entered):
             batch = batches[number]
             if layer in row:
                 sums[of[number], row[layer]] += _sequence_means(routing, view, layer, batch)

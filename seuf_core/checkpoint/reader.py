@@ -136,11 +136,6 @@ class CheckpointReader:
             record.name for record in self.index.with_prefix(LAYER_PREFIX.format(layer=layer))
         )
 
-    def outside_layers(self) -> dict[str, torch.Tensor]:
-        """Everything of no decoder layer: embeddings, final norm, head."""
-        stem = LAYER_PREFIX.partition("{")[0]
-        return self.tensors(name for name in self.index.tensors if not name.startswith(stem))
-
     def close(self) -> None:
         """Close the files; the reader can go on and opens them again."""
         while self._files:

@@ -17,10 +17,11 @@ import torch
 
 from seuf_core.data.batches import Batch, Encoded, bucketed, collate
 from seuf_core.moe.forward import Beginning
-from seuf_core.moe.passes import Flow, Route, route, run_layer
+from seuf_core.moe.passes import Flow, Route, embed, route, run_layer
 from seuf_core.moe.shelf import Shelf
 from seuf_core.moe.start_layer import StartLayer, Watched
-from seuf_core.moe.sweep import embedded
+from seuf_core.moe.sweep import Routes, States
+from seuf_core.moe.trail import Trail, padded
 from seuf_core.moe.view import MoEView
 
 # Padded tokens that go through one layer at once while constants are computed.
@@ -44,27 +45,61 @@ def keep_all(
     *,
     tokens: int = TOKENS_PER_PASS,
     folder: Path | None = None,
+    trail: Trail | None = None,
 ) -> None:
     """Run all sequences up to a decoder layer and keep what each of `wanted`, which share it, keeps of its own.
 
     One layer after the other runs over all batches, so that each is read once. Memory: one
     layer, what flows into it (`seuf_core.moe.sweep.States`: past a limit on disk, in `folder`), and the
     activations of `tokens` tokens.
+
+    Args:
+        trail: where each sequence begins, and what it is told of them.
     """
     (layer,) = {constants.layer for constants, _ in wanted}
+    trail = Trail(limit=0) if trail is None else trail
     parts = [
-        (constants, part)
+        (constants, start, part)
         for constants, rows in wanted
-        for part in bucketed(rows, lambda row: len(row.input_ids), tokens)
+        for start, some in _by_start(trail, rows, layer).items()
+        for part in bucketed(some, lambda row: len(row.input_ids), tokens)
     ]
-    states, routes = embedded(view, [collate(part) for _, part in parts], folder=folder)
-    for index in view.weights.each(range(layer + 1)):
-        for number, (constants, part) in enumerate(parts):
+    states, routes = _begun(view, trail, [(start, part) for _, start, part in parts], folder)
+    for index in view.weights.each(range(min((start for _, start, _ in parts), default=layer), layer + 1)):
+        for number, (constants, start, part) in enumerate(parts):
+            if index < start:
+                continue
             flow = states.get(number, view.model.device)
             if index == layer:
                 constants.keep(part, flow, routes[number])
             else:
-                states.put(number, run_layer(view, index, flow, routes[number]))
+                flow = run_layer(view, index, flow, routes[number])
+                states.put(number, flow)
+                trail.put(index + 1, part, flow)
+
+
+def _by_start(trail: Trail, rows: Sequence[Encoded], layer: int) -> dict[int, list[Encoded]]:
+    """The sequences by the layer that they begin with."""
+    found: dict[int, list[Encoded]] = {}
+    for row in rows:
+        found.setdefault(trail.highest(row, layer), []).append(row)
+    return found
+
+
+def _begun(
+    view: MoEView, trail: Trail, parts: Sequence[tuple[int, Sequence[Encoded]]], folder: Path | None
+) -> tuple[States, Routes]:
+    """What flows into the layer that each of these batches begins with, and how layers are called."""
+    batches = [collate(part) for _, part in parts]
+    states, routes = States(folder=folder), Routes(view, batches)
+    for number, ((start, part), batch) in enumerate(zip(parts, batches, strict=True)):
+        if start:
+            states.put(number, trail.flow(start, part, batch))
+        else:
+            flow, routed = embed(view, batch.to(view.model.device))
+            states.put(number, flow)
+            routes.keep(number, routed)
+    return states, routes
 
 
 class FromStates(Beginning):
@@ -85,7 +120,7 @@ class FromStates(Beginning):
 
     def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """What flowed into the layer, padded."""
-        states = _padded([self._shelf[self._kept[id(row)]] for row in rows], batch)
+        states = padded([self._shelf[self._kept[id(row)]] for row in rows], batch)
         return Flow(states), route(self._view, batch.attention_mask)
 
 
@@ -140,7 +175,7 @@ class FrozenRouter(Beginning):
     def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """Output of the target layer, padded."""
         kept = [self._kept[id(row)] for row in rows]
-        out = _padded([self._shelf[one.out] for one in kept], batch)
+        out = padded([self._shelf[one.out] for one in kept], batch)
         width = batch.input_ids.shape[1]
         at = torch.cat([row * width + one.tokens for row, one in enumerate(kept)])
         moved = self._moved(kept, [slice(None)] * len(kept), batch)
@@ -225,10 +260,10 @@ class TrainedRouter(Beginning):
         """Output of the target layer, padded."""
         kept, routed = [self._kept[id(row)] for row in rows], route(self._view, batch.attention_mask)
         parts = [
-            _padded([self._shelf[number] for number in numbers], batch)
+            padded([self._shelf[number] for number in numbers], batch)
             for numbers in zip(*(one.parts for one in kept), strict=True)
         ]
-        entry = _padded([self._shelf[one.entry] for one in kept], batch)
+        entry = padded([self._shelf[one.entry] for one in kept], batch)
         real = torch.where(batch.attention_mask.flatten())[0]
 
         def look_up(states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -263,15 +298,3 @@ class TrainedRouter(Beginning):
             self._shelf[one.experts].copy_(its_experts)
             self._shelf[one.outputs].copy_(its_outputs)
         return outputs
-
-
-def _padded(rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
-    """[n_i, W] each, to [B, S, W] with zeros after their end, on the batch's device."""
-    B, S = batch.input_ids.shape
-    device = batch.input_ids.device
-    if all(len(row) == S for row in rows):
-        return torch.stack(list(rows)).to(device)
-    padded = torch.zeros(B, S, rows[0].shape[1], dtype=rows[0].dtype)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
-    return padded.to(device)

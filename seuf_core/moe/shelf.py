@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 import numpy as np
 import torch
+
+# Bytes of the file that are mapped at once; where in it a tensor may begin.
+SEGMENT: Final = 64 << 20
+ALIGNMENT: Final = 64
 
 
 class Shelf:
@@ -16,13 +21,15 @@ class Shelf:
     The file has no name from the start, so that it ends with the process however that ends.
 
     Args:
-        folder: where that file may be; the system's temporary folder when None.
+        folder: where that file may be, made when it is needed; the system's temporary folder when None.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
         self._limit, self._folder = limit, folder
         self._tensors: list[torch.Tensor] = []
         self._file: IO[bytes] | None = None
+        self._segment = torch.empty(0, dtype=torch.uint8)
+        self._used = self._reserved = 0
         self.bytes_in_memory = self.bytes_on_disk = 0
 
     def put(self, tensor: torch.Tensor) -> int:
@@ -40,12 +47,24 @@ class Shelf:
         return self._tensors[number]
 
     def _map(self, tensor: torch.Tensor) -> torch.Tensor:
-        file = self._file or tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as the shelf
-        self._file = file
-        offset = self.bytes_on_disk
-        file.seek(offset)
-        file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-        file.flush()
+        """A copy in the file. One mapping serves many tensors: a process may have some 65,000 of them."""
+        first = -(-self._used // ALIGNMENT) * ALIGNMENT
+        if first + tensor.nbytes > len(self._segment):
+            self._segment, first = self._longer(max(SEGMENT, tensor.nbytes)), 0
+        self._used = first + tensor.nbytes
         self.bytes_on_disk += tensor.nbytes
-        mapped = np.memmap(file, np.uint8, "r+", offset, (tensor.nbytes,))
-        return torch.from_numpy(mapped).view(tensor.dtype).view(tensor.shape)
+        mapped = self._segment[first : self._used].view(tensor.dtype).view(tensor.shape)
+        return mapped.copy_(tensor)
+
+    def _longer(self, size: int) -> torch.Tensor:
+        """That many more bytes of the file, [size] uint8."""
+        if self._file is None:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as the shelf
+        file = self._file
+        # A disk that is full is an error here, and not a signal when the page is written.
+        os.posix_fallocate(file.fileno(), self._reserved, size)
+        mapped = np.memmap(file, np.uint8, "r+", self._reserved, (size,))
+        self._reserved += size
+        return torch.from_numpy(mapped)

@@ -20,9 +20,14 @@ STATES_IN_MEMORY: Final = 256 << 20
 MASKS_IN_MEMORY: Final = 64 << 20
 
 Progress = Callable[[int, int], None]  # done, total
+Entered = Callable[[int, int, Flow], None]
 
 
 def no_progress(_done: int, _total: int) -> None:
+    """Nobody listens."""
+
+
+def nobody(_layer: int, _number: int, _flow: Flow) -> None:
     """Nobody listens."""
 
 
@@ -120,6 +125,7 @@ def sweep(
     last: int,
     *,
     folder: Path | None = None,
+    entered: Entered = nobody,
 ) -> Iterator[tuple[int, int]]:
     """Run every batch through layers 0 to `last`, of which only as far as its router; yields (layer, batch number)
     after each.
@@ -128,13 +134,18 @@ def sweep(
     Memory beside embeddings and head: one layer, the hidden states of all
     batches (`States`: past STATES_IN_MEMORY on disk, in `folder`), masks up to MASKS_IN_MEMORY, and the activations
     of one batch: T tokens * (K experts * (2I + 2H) + the attention's) in the model's dtype.
+
+    Args:
+        entered: told what flows into each layer above the first: layer, batch number, flow.
     """
     states, routes = embedded(view, batches, folder=folder)
     for index in view.weights.each(range(last + 1)):
         for number in range(len(batches)):
             flow = states.get(number, view.model.device)
             if index < last:
-                states.put(number, run_layer(view, index, flow, routes[number]))
+                flow = run_layer(view, index, flow, routes[number])
+                states.put(number, flow)
+                entered(index + 1, number, flow)
             else:
                 _run_to_router(view, index, flow, routes[number])
             yield index, number

@@ -8,12 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from seuf_core.attribution.gradient import Derivatives, expert_derivatives
+from seuf_core.attribution.gradient import Derivatives
 from seuf_core.data.batches import Encoded, collate, length_bucketed
 from seuf_core.families import FAMILIES
 from seuf_core.moe.view import MoEView, moe_view
 from tests import tiny
 from tests.attribution.written import routed
+from tests.scored import expert_derivatives
 from tests.sequences import LENGTHS, sequences
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from seuf_core.attribution import scores
-from seuf_core.attribution.gradient import Derivatives, expert_derivatives
+from seuf_core.attribution.gradient import Derivatives
 from seuf_core.attribution.scores import SCORES, Measured, score_experts
-from seuf_core.attribution.statistics import RoutingStatistics, routing_statistics
+from seuf_core.attribution.statistics import RoutingStatistics
 from seuf_core.data.batches import collate
 from seuf_core.method import Attribution, Method
 from seuf_core.moe.view import MoEView, moe_view
 from tests import tiny
+from tests.scored import expert_derivatives, routing_statistics
 from tests.sequences import sequences
 
 NAMES = get_args(Attribution)

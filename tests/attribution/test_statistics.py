@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
-from seuf_core.attribution.statistics import RoutingStatistics, routing_statistics
+from seuf_core.attribution.statistics import RoutingStatistics
 from seuf_core.data.batches import Encoded, collate, length_bucketed
 from seuf_core.families import FAMILIES
 from seuf_core.moe.routing import capture_routing
 from seuf_core.moe.view import moe_view
 from tests import tiny
 from tests.attribution.written import routed
+from tests.scored import routing_statistics
 from tests.sequences import LENGTHS, sequences
 
 # Sequence A has three tokens, B two and one of padding, which would show anywhere. The third token of A does not

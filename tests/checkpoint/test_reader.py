@@ -29,13 +29,12 @@ def bytes_read(monkeypatch):
 
 
 @pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
-def test_layers_and_the_rest_are_the_whole_model(models, family):
+def test_layers_are_those_of_the_whole_model(models, family):
     library = {n: t for shard in models(family).glob("*.safetensors") for n, t in load_file(shard).items()}
     with CheckpointReader(models(family)) as reader:
         layers = [reader.layer(i) for i in range(4 if family == "deepseek_v2" else 3)]
-        parts = [*layers, reader.outside_layers()]
-    assert sum(len(part) for part in parts) == len(library)
-    for part in parts:
+    assert sum(map(len, layers)) == sum(name.startswith("model.layers.") for name in library)
+    for part in layers:
         assert all(torch.equal(tensor, library[name]) for name, tensor in part.items())
     assert all(name.startswith("model.layers.1.") for name in layers[1])
 

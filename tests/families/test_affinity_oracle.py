@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from seuf_core.attribution.statistics import routing_statistics
 from seuf_core.moe.view import moe_view
 from tests import tiny
 from tests.families.common import EVERY_FAMILY, batch, scores_by_hand, watched
+from tests.scored import routing_statistics
 
 
 @EVERY_FAMILY

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from seuf_core.attribution.gradient import expert_derivatives
 from seuf_core.moe.view import moe_view
 from tests import tiny
 from tests.families.common import EVERY_FAMILY, batch
+from tests.scored import expert_derivatives
 
 
 @EVERY_FAMILY
