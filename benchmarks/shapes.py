@@ -194,11 +194,14 @@ def meta_view(config: PretrainedConfig) -> MoEView:
 
 
 def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words `t0` to `t<V-1>`, one token each, so that a text names its token ids; `pad` and `eos` are the first."""
-    vocabulary = {f"t{index}": index for index in range(vocab_size)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t2"))
+    """Words `t3` to `t<V-1>`, one token each, so that a text names its token ids; before them stand padding, end of
+    text and unknown word, whose names are no beginning of a word: they are cut out of any text first."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"t{index}": index for index in range(3, vocab_size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t2")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def _write_shards(
