@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, get_args
@@ -46,7 +47,11 @@ PREFIXES: Final = {part: (f"{part}/", "memory/") if part == "steps" else (f"{par
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write figures and page after each cell."""
+    """Measure, and write figures and page after each cell. A part that fails does not keep the others from running.
+
+    Raises:
+        SystemExit: at the end, naming the parts that failed.
+    """
     options = _options(arguments)
     options.shapes.mkdir(parents=True, exist_ok=True)
     names = tuple(options.shape or Setting.shapes)
@@ -56,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / f"{page.stem(here)}.json"
     figures = Figures.read(path) if path.exists() else Figures()
     figures.environment = here
+    failed: list[str] = []
     for part in options.only or PARTS:
         if not options.going_on:
             figures.drop(PREFIXES[part])
@@ -65,10 +71,16 @@ def main(arguments: list[str] | None = None) -> None:
             figures.write(path)
             page.write(options.out, figures)
 
-        PARTS[part](setting, figures, save)
+        try:
+            PARTS[part](setting, figures, save)
+        except Exception:  # whatever it is, the other parts take an hour and are worth having
+            traceback.print_exc()
+            failed.append(part)
         save()
         sys.stdout.write(f"{part}: {time.monotonic() - began:.0f} s\n")
         sys.stdout.flush()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

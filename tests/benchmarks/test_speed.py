@@ -114,3 +114,12 @@ def test_a_job_that_may_use_little_says_what_it_kept_in_memory(tmp_path: Path) -
         assert figures[f"{prefix}/steps"] == job.epochs * SMALL_EXAMPLES / BATCH_SIZE
     written = (tmp_path / "results" / "performance.md").read_text()
     assert "| olmoe-1b-7b, npo, middle, in 4GB | 2 |" in written
+
+
+def test_a_part_that_fails_is_named_and_the_next_one_runs(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    Figures({"cores": "of another run"}).write(results / "performance.json")
+    unknown = ["--size", "small", "--shape", "no-such-shape", *only("steps", "attribution")]
+    with pytest.raises(SystemExit, match="^failed: steps, attribution$"):
+        speed.main([*unknown, "--out", str(results), "--shapes", str(tmp_path / "shapes")])
+    assert "cores" not in Figures.read(results / "performance.json").environment
