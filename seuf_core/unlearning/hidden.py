@@ -103,12 +103,12 @@ class HiddenStateObjective:
         rows = self._data.rows(forget, kept)
         with capture_routing(self._forward.view, tuple(self._anchored), joined=True) as routing:
             states, row = self._forward.states(rows, self._layer, heard=self._anchored)
-        steered = row < len(forget)
-        forget_term = losses.mse(states[steered], self._goal)
+        steered = int((row < len(forget)).sum())  # the first: rows ascend
+        forget_term = losses.mse(states[:steered], self._goal)
         retain_term = states.new_zeros((), dtype=torch.float32)
         if kept:
             reference = torch.cat([self._retain_reference[index] for index in kept]).to(states.device)
-            retain_term = self._method.hidden_retain_weight * losses.mse(states[~steered], reference)
+            retain_term = self._method.hidden_retain_weight * losses.mse(states[steered:], reference)
         pieces = self._forward.pieces(rows)
         anchor = anchor_of(routing, self._anchored, pieces, len(forget), states.device)
         return Terms(forget_term, retain_term, anchor)
