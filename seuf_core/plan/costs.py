@@ -19,6 +19,8 @@ TOKENS_PER_BACKWARD = 1024
 TOKENS_OF_A_LOOK = 1 << 15
 # Hidden states and constants that are more than this are mapped files (seuf_core.moe.sweep, seuf_core.passes).
 STATES_IN_MEMORY, CONSTANTS_IN_MEMORY = 256 << 20, 1 << 30
+# Bytes of states that attribution leaves behind for the constants, in a mapped file (seuf_core.moe.trail).
+TRAIL_BYTES = 4 << 30
 # Positions that go through the head together (seuf_core.moe.head).
 HEAD_CHUNK = 256
 

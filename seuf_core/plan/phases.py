@@ -42,18 +42,18 @@ def drafts(setting: Setting) -> tuple[Draft, ...]:
 
 def attributing(setting: Setting) -> Draft:
     """All layers in turn over both halves of each set: layers + states of every token (T * H * b; a file past 256 MB)
-    + one pass's activations.
+    + one pass's activations. What flows into each layer is left in a file for the constants (L * T * H * b).
 
     The score `gradient` goes forward once more and back: of one batch what a layer keeps, of all what flows into every
     layer (L * T * H * b; files past 256 MB).
     """
-    shape, method, tokens = setting.shape, setting.method, setting.tokens
-    sets = [tokens.forget] + ([tokens.retain] if method.attribution == "contrast" else [])
+    shape, method, sets = setting.shape, setting.method, setting.attributed
     halves = [-(-one.tokens // 2) for one in sets for _ in range(2)]
     layers, read = range(len(shape.layers)), sum(one.tokens for one in sets)
     size = shape.layer_bytes(layers)
     whole = setting.residency == "whole"
     work = Work(read=size, stored=size, first=size if whole else shape.layers[0].bytes)
+    work.written = min((len(layers) - 1) * costs.states_bytes(shape, read), costs.TRAIL_BYTES)
     work.layers(shape, layers, read, sum(passes(half, costs.TOKENS_PER_SCORE) for half in halves))
     memory = setting.base_memory(training=False) | {
         "states": costs.in_memory(costs.states_bytes(shape, read)),
@@ -89,7 +89,8 @@ def _differentiating(setting: Setting, work: Work, before: dict[str, int]) -> di
 def constants(setting: Setting) -> Draft:
     """What stays the same while training: the pass up to the start layer, and what is compared with from above it.
 
-    Kept, in a file past 1 GB: see `_constants_bytes`.
+    What attribution has read goes on from where its states end (`Setting.trail`). Kept, in a file past 1 GB: see
+    `_constants_bytes`.
     """
     shape, everything = setting.shape, setting.everything
     work = Work()
@@ -97,8 +98,10 @@ def constants(setting: Setting) -> Draft:
         held = setting.suffix if setting.residency == "suffix" else setting.targets.layers
         _read_again(setting, work, shape.layer_bytes(held), behind_nothing=True)
         _read_again(setting, work, shape.layer_bytes(range(setting.start)))
-    times = passes(everything.tokens, costs.TOKENS_PER_PASS)
-    work.layers(shape, range(setting.start + 1), everything.tokens, times)
+    known = sum(one.tokens for one in setting.attributed)
+    anew = everything.tokens - known
+    work.layers(shape, range(setting.start + 1), anew, passes(anew, costs.TOKENS_PER_PASS))
+    work.layers(shape, range(setting.trail, setting.start + 1), known, passes(known, costs.TOKENS_PER_PASS))
     _ask_base(setting, work, setting.suffix[1:])
     memory = setting.base_memory(training=True, below=True) | {
         "constants": _constants_bytes(setting),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from seuf_core.method import HIDDEN_STATE_OBJECTIVES, Method
+from seuf_core.plan.costs import TRAIL_BYTES
 from seuf_core.plan.facts import BASELINE_BYTES, Calibration, JobTokens, ModelShape, TokenCounts
 
 Residency = Literal["whole", "suffix", "streamed"]
@@ -95,6 +96,20 @@ class Setting:
         """All sequences whose states at the start layer are kept."""
         tokens = self.tokens
         return tokens.forget + tokens.retain + tokens.alternatives + tokens.selection
+
+    @property
+    def attributed(self) -> tuple[TokenCounts, ...]:
+        """The sets that attribution reads."""
+        tokens, method = self.tokens, self.method
+        if not method.selects_experts:
+            return ()
+        return (tokens.forget, tokens.retain) if method.attribution == "contrast" else (tokens.forget,)
+
+    @property
+    def trail(self) -> int:
+        """The highest layer, up to the start layer, whose input is kept of what attribution reads."""
+        each = sum(one.tokens for one in self.attributed) * self.shape.width * self.shape.number
+        return min(self.start, TRAIL_BYTES // each) if each else 0
 
     @property
     def trained(self) -> int:

@@ -7,7 +7,7 @@ import inspect
 from seuf_core import passes
 from seuf_core.attribution import scores
 from seuf_core.evaluate.probes import score_probes
-from seuf_core.moe import constants, forward, head, sweep
+from seuf_core.moe import constants, forward, head, sweep, trail
 from seuf_core.plan import costs
 
 
@@ -20,3 +20,4 @@ def test_sizes_are_those_of_the_code() -> None:
     assert costs.STATES_IN_MEMORY == sweep.STATES_IN_MEMORY
     assert costs.CONSTANTS_IN_MEMORY == passes.CONSTANTS_IN_MEMORY
     assert inspect.signature(score_probes).parameters["tokens_per_batch"].default == costs.TOKENS_OF_A_LOOK
+    assert costs.TRAIL_BYTES == trail.LIMIT

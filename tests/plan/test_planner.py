@@ -114,8 +114,22 @@ def test_operations_by_hand() -> None:
     layer = 2 * (4000 + 2 * 3000)  # all of the dense part and 2 of 16 experts
     attributing = next(phase for phase in made.phases if phase.name == "attributing")
     assert attributing.flops == 4 * 2000 * layer
-    # Without rates but 1 a second, reading 4 GB before anything can begin.
-    assert attributing.seconds == 4 * 2000 * layer + 4_000_000_000
+    # Without rates but 1 a second, reading 4 GB before anything can begin, and states of layers 1 to 3 left behind.
+    assert attributing.seconds == 4 * 2000 * layer + 4_000_000_000 + 3 * 2000 * 200
+
+
+def test_what_attribution_has_read_goes_on_at_the_start_layer() -> None:
+    """1000 forget tokens, with contrast 1000 retain tokens, and 200 of probes; layer 2 of 0 to 3 is trained."""
+    layer, base_look = 2 * (4000 + 2 * 3000), 200 * 2 * (4000 + 2 * 3000) - 100 * 2 * 2 * 3000
+    asked = 2000 * 2 * (4000 + 2 * 3000) - 1000 * 2 * 2 * 3000  # of both sets: npo, and kl on retain
+    head = (100 + 1000) * 2 * 100 * 1000
+    for attribution, anew in (("contrast", 200), ("affinity", 1200)):
+        made = plan(method=NPO.model_copy(update={"attribution": attribution}))
+        found = next(phase.flops for phase in made.phases if phase.name == "constants")
+        assert found == (2 * anew + 2200) * layer + base_look + asked + head
+    long = replace(tokens(), forget=TokenCounts.of([(1000, 500)] * 15_000))
+    setting = Setting(shape(), long, NPO.model_copy(update={"attribution": "affinity"}), ONE, UNIT)
+    assert setting.trail == 1  # 4 GiB hold 15 million tokens' states of 200 bytes once, not twice
 
 
 def test_storage_hides_behind_computing_and_loading_does_not() -> None:
