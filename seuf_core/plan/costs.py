@@ -60,6 +60,14 @@ def kept_bytes(shape: ModelShape, tokens: int, labels: int | None = None) -> int
     return shape.number * (tokens * dense + (tokens if labels is None else labels) * routed)
 
 
+def adapted_bytes(shape: ModelShape, tokens: int) -> int:
+    """What adapters of one layer keep beside that: in fp32 what goes into the products of attention, 4 * 2 * T * H.
+
+    In 16 bits each of the four casts its own: 4 * 4 * T * H. Shared experts' are left out.
+    """
+    return 4 * (2 if shape.number == 4 else 4) * tokens * shape.width
+
+
 def head_bytes(shape: ModelShape, positions: int) -> int:
     """Logits of a chunk of positions and their graph: C * V * (b + 12), C at most 256."""
     return min(positions, HEAD_CHUNK) * shape.vocabulary * (shape.number + LOGIT_BYTES)

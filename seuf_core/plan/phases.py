@@ -276,6 +276,8 @@ def _step_bytes(setting: Setting) -> int:
             last = setting.at_labels(setting.top, min(batch.labels, tokens))
             kept += (len(layers) - 2) * costs.kept_bytes(shape, tokens)
             kept += costs.kept_bytes(shape, tokens, last)
+    if setting.method.scope == "lora":
+        kept += (1 if setting.recomputed else len(layers)) * costs.adapted_bytes(shape, tokens)
     return int(costs.STEP_SLACK * (kept + costs.forward_bytes(shape, tokens)))
 
 

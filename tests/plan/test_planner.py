@@ -296,6 +296,11 @@ def test_adapted_matrices_are_kept_as_they_were_and_written() -> None:
     made = plan(method=NPO.model_copy(update={"scope": "lora"}), targets=None)
     rank = NPO.lora_rank
     assert memory_of(made, "publishing")["trained"] == 20 * rank * 1000 + 2 * 4 * 4000
+    frozen = plan(method=NPO.model_copy(update={"scope": "full"}), targets=None)
+    kept = [memory_of(one, "unlearning")["activations"] for one in (made, frozen)]
+    assert kept[0] - kept[1] == pytest.approx(
+        costs.STEP_SLACK * 4 * 16 * 80 * 100, abs=1
+    )  # 4 layers, 80 tokens
     publishing = made.phases[-1]
     assert publishing.bytes_written == 4 * 1_000_000_000 + 2 * 4 * 4000
 
