@@ -213,6 +213,9 @@ def _steps(setting: Setting, work: Work) -> None:
         work.flops += method.steps * costs.operations(shape, above, batch.tokens, labels)
     if method.objective not in HIDDEN_STATE_OBJECTIVES:
         work.head_flops += 2 * method.steps * batch.labels * shape.head_flops
+    if method.scope == "full":  # every weight wants a gradient: one product more, as large as the one forward
+        work.backward_flops += method.steps * costs.operations(shape, above, batch.tokens, labels)
+        work.head_flops += method.steps * batch.labels * shape.head_flops
     work.moved = method.steps * setting.trained
     if setting.residency == "streamed":
         again = [layer for layer in layers if layer not in setting.targets.layers]

@@ -236,6 +236,14 @@ def test_a_whole_model_is_kept_several_times() -> None:
     held = memory_of(made, "unlearning")
     assert held["layers"] + held["outside"] + held["trained"] == 12 * 2 * numbers
     assert [phase.name for phase in made.phases] == ["unlearning", "evaluating", "publishing"]
+    # Adapters go through the same layers and head, without a gradient of any weight but their own.
+    adapters = plan(method=Method(scope="lora", objective="gradient_ascent"), targets=None)
+    full, lora = (
+        next(phase.flops for phase in one.phases if phase.name == "unlearning") for one in (made, adapters)
+    )
+    steps, size = Method(scope="full").steps, Method(scope="full").batch_size
+    one_more = 4 * size * 10 * 20_000 - size * 5 * 12_000 + size * 5 * 2 * 100 * 1000
+    assert full - lora == steps * one_more
 
 
 def test_rmu_needs_nothing_above_its_layer_in_a_step() -> None:
