@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from seuf_core.data.batches import IGNORE_INDEX, Batch
-from seuf_core.moe.passes import Flow, Route, run_layer, tail
+from seuf_core.moe.forward import Answers
+from seuf_core.moe.head import token_nll
+from seuf_core.moe.passes import Flow, Route, run_layer
 from seuf_core.moe.sweep import STATES_IN_MEMORY, Progress, embedded, no_progress
 from seuf_core.moe.view import MoELayer, MoEView
 
@@ -143,8 +144,8 @@ def _at_the_end(view: MoEView, states: torch.Tensor, batch: Batch) -> torch.Tens
     row, position = torch.where(labels != IGNORE_INDEX)
     with torch.enable_grad():
         states = states.detach().requires_grad_()
-        logits = tail(view, states[row, position]).float()
-        nll = F.cross_entropy(logits, labels[row, position], reduction="none")
+        answers = Answers(states[row, position], labels[row, position], row, len(labels))
+        nll = token_nll(view, answers)
         tokens = torch.bincount(row, minlength=len(labels))
         (gradient,) = torch.autograd.grad((nll / tokens[row]).sum(), states)
     return gradient

@@ -83,7 +83,7 @@ def _differentiating(setting: Setting, work: Work, before: dict[str, int]) -> di
     }
     most = {name: max(size, before[name]) for name, size in own.items()}
     labels = -(-forget.labels * batch // max(1, forget.tokens))
-    return most | {"head": costs.logits_bytes(shape, labels)}
+    return most | {"head": costs.head_bytes(shape, labels)}
 
 
 def constants(setting: Setting) -> Draft:

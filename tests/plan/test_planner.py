@@ -289,7 +289,7 @@ def test_a_step_in_pieces_keeps_what_flows_into_each_layer() -> None:
     assert made.memory["activations"] == max(int(costs.STEP_SLACK * (kept + inside)), look)
 
 
-def test_the_score_gradient_keeps_states_of_every_layer_and_logits_of_a_batch() -> None:
+def test_the_score_gradient_keeps_states_of_every_layer_and_logits_of_a_chunk() -> None:
     plain, found = (
         memory_of(plan(method=NPO.model_copy(update={"attribution": score})), "attributing")
         for score in ("affinity", "gradient")
