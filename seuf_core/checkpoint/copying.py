@@ -7,13 +7,15 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
 import torch
 
-from seuf_core.checkpoint.digests import PIECE, BackgroundDigest, Done
+from seuf_core.checkpoint.digests import PIECE, BackgroundDigest, Done, read_into
 from seuf_core.checkpoint.index import TensorRecord
 from seuf_core.checkpoint.reader import tensor_bytes, write_all
 from seuf_core.checkpoint.staging import sync
@@ -91,7 +93,7 @@ def copy_patched(
 
     One pass: each piece is written, read back, compared with what was meant, and hashed while the next one is written.
     So the digest is that of a file of which every byte is known to be the base's or the new value's.
-    Memory: 3 MiB and one tensor.
+    Memory: 3 MiB and one tensor; in buffers that are used again, since fresh ones cost as much as the copying.
 
     Args:
         records: the changed tensors, in file order; value: the new value of each, as the file holds it.
@@ -109,19 +111,21 @@ def copy_patched(
         _BackgroundFlush(out.fileno()) as flush,
     ):
         size = os.fstat(base.fileno()).st_size
+        # Two to read back into: one of them is still being hashed.
+        there, back = memoryview(bytearray(PIECE)), cycle(memoryview(bytearray(PIECE)) for _ in range(2))
         for begin, end, record in _spans(records, size):
             new = None if record is None else tensor_bytes(value(record))
             for at in range(begin, end, PIECE):
                 length = min(PIECE, end - at)
                 wanted = None
                 if new is not None:
-                    wanted = bytes(new[at - begin : at - begin + length])
+                    wanted = new[at - begin : at - begin + length]
                 elif not reflinked:
-                    wanted = os.pread(base.fileno(), length, at)
+                    wanted = read_into(base.fileno(), there[:length], at)
                 if wanted is not None:
-                    write_all(out.fileno(), memoryview(wanted), at)
-                found = os.pread(out.fileno(), length, at)
-                if len(found) != length or wanted not in (None, found):
+                    write_all(out.fileno(), wanted, at)
+                found = read_into(out.fileno(), next(back)[:length], at)
+                if len(found) != length or (wanted is not None and not _same(wanted, found)):
                     raise unverified(record.name if record else target.name)
                 if known is None:
                     digest.update(found)
@@ -131,6 +135,11 @@ def copy_patched(
         if os.fstat(out.fileno()).st_size != size:
             raise unverified(target.name)
         return known or digest.hexdigest()
+
+
+def _same(one: memoryview, other: memoryview) -> bool:
+    # memoryviews compare number by number, bytes would have to be copied first.
+    return np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8))
 
 
 class _BackgroundFlush:

@@ -27,13 +27,21 @@ Done = Callable[[int], None]  # bytes dealt with since the last call; may raise 
 
 def sha256_of(path: Path, done: Done) -> str:
     """Digest of a file's content in hex, read once. Memory: 1 MiB."""
-    digest, at = hashlib.sha256(), 0
+    digest, at, buffer = hashlib.sha256(), 0, memoryview(bytearray(PIECE))
     with path.open("rb", buffering=0) as stream:
-        while piece := os.pread(stream.fileno(), PIECE, at):
+        while piece := read_into(stream.fileno(), buffer, at):
             digest.update(piece)
             at += len(piece)
             done(len(piece))
     return digest.hexdigest()
+
+
+def read_into(file: int, buffer: memoryview, offset: int) -> memoryview:
+    """What an open file holds from `offset` on, as much as fits: the part of `buffer` that it filled."""
+    done = 0
+    while done < len(buffer) and (read := os.preadv(file, [buffer[done:]], offset + done)):
+        done += read
+    return buffer[:done]
 
 
 def remembered(path: Path) -> str | None:
@@ -74,8 +82,11 @@ class BackgroundDigest:
         self._pool = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
-    def update(self, piece: bytes) -> None:
-        """Add a piece; waits until the one before is done, so two are in memory at most."""
+    def update(self, piece: bytes | memoryview) -> None:
+        """Add a piece; waits until the one before is done, so two are in memory at most.
+
+        A view is read until the next call returns.
+        """
         self._wait()
         self._last = self._pool.submit(self._digest.update, piece)
 

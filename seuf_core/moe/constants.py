@@ -130,7 +130,7 @@ class _Moving:
 
     out: [n, H], what left the layer before the training. entry: [m, H], what flowed in. parts: what the layer's
     constant parts said there. frozen: [m, H], what its frozen experts said together.
-    tokens: [m], where they are, ascending.
+    tokens: [m], where they are, ascending. labels: which of these m predict a label token.
     """
 
     out: int
@@ -138,6 +138,7 @@ class _Moving:
     parts: tuple[int, ...]
     frozen: int
     tokens: torch.Tensor
+    labels: slice
 
 
 class FrozenRouter(Beginning):
@@ -163,14 +164,19 @@ class FrozenRouter(Beginning):
             first = at * flow.states.shape[1]
             here = slice(first, first + len(row.input_ids))
             tokens = torch.where(aimed[here].any(dim=1))[0]
-            self._kept[id(row)] = self._keep(watched, here, tokens, aimed)
+            self._kept[id(row)] = self._keep(watched, here, tokens, aimed, row)
 
-    def _keep(self, watched: Watched, here: slice, tokens: torch.Tensor, aimed: torch.Tensor) -> _Moving:
+    def _keep(
+        self, watched: Watched, here: slice, tokens: torch.Tensor, aimed: torch.Tensor, row: Encoded
+    ) -> _Moving:
         put, at = self._shelf.put, here.start + tokens
         weights = watched.weights[at].masked_fill(aimed[at], 0)
         frozen = self._run.run_frozen(watched.states[at], watched.index[at], weights)
         parts = tuple(put(part[at]) for part in watched.parts)
-        return _Moving(put(watched.out[here]), put(watched.entry[at]), parts, put(frozen), tokens.cpu())
+        where = tokens.cpu()
+        ends = torch.tensor([row.labels_from - 1, len(row.input_ids) - 1])
+        labels = slice(*torch.searchsorted(where, ends).tolist())
+        return _Moving(put(watched.out[here]), put(watched.entry[at]), parts, put(frozen), where, labels)
 
     def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """Output of the target layer, padded."""
@@ -178,31 +184,30 @@ class FrozenRouter(Beginning):
         out = padded([self._shelf[one.out] for one in kept], batch)
         width = batch.input_ids.shape[1]
         at = torch.cat([row * width + one.tokens for row, one in enumerate(kept)])
-        moved = self._moved(kept, [slice(None)] * len(kept), batch)
+        moved = self._moved(kept, [slice(None)] * len(kept), out.device)
         states = out.flatten(0, 1).index_copy(0, at.to(out.device), moved)
         return Flow(states.view_as(out)), route(self._view, batch.attention_mask)
 
-    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
+    def at_labels(self, rows: Sequence[Encoded], device: torch.device) -> torch.Tensor:
         """Output of the target layer where a label token is predicted; no other token is run."""
         kept = [self._kept[id(row)] for row in rows]
-        out, at, which, before = [], [], [], 0
+        out, at, before = [], [], 0
         for row, one in zip(rows, kept, strict=True):
             first, end = row.labels_from - 1, len(row.input_ids) - 1
             out.append(self._shelf[one.out][first:end])
-            some = slice(*torch.searchsorted(one.tokens, torch.tensor([first, end])).tolist())
-            at.append(one.tokens[some] - first + before)
-            which.append(some)
+            at.append(one.tokens[one.labels] + (before - first))
             before += end - first
-        device = batch.input_ids.device
-        moved = self._moved(kept, which, batch)
+        moved = self._moved(kept, [one.labels for one in kept], device)
         return torch.cat(out).to(device).index_copy(0, torch.cat(at).to(device), moved)
 
-    def _moved(self, kept: Sequence[_Moving], which: Sequence[slice], batch: Batch) -> torch.Tensor:
+    def _moved(
+        self, kept: Sequence[_Moving], which: Sequence[slice], device: torch.device
+    ) -> torch.Tensor:
         """The layer's output, [M, H], of these of the tokens that a target sees."""
 
         def gather(numbers: Sequence[int]) -> torch.Tensor:
             pieces = [self._shelf[number][some] for number, some in zip(numbers, which, strict=True)]
-            return torch.cat(pieces).to(batch.input_ids.device)
+            return torch.cat(pieces).to(device)
 
         entry = gather([one.entry for one in kept])
         parts = [gather(numbers) for numbers in zip(*(one.parts for one in kept), strict=True)]

@@ -47,8 +47,9 @@ class Beginning(Protocol):
         """What flows into that layer, for these sequences and the padded batch they make."""
         ...
 
-    def at_labels(self, rows: Sequence[Encoded], batch: Batch) -> torch.Tensor:
-        """The flow where a label token is predicted only, [P, H]."""
+    def at_labels(self, rows: Sequence[Encoded], device: torch.device) -> torch.Tensor:
+        """The flow where a label token is predicted only, [P, H], on the model's device."""
+        batch = collate(rows).to(device)
         return self.begin(rows, batch)[0].states[batch.predicts_label()]
 
 
@@ -127,10 +128,10 @@ class Forward:
         """
         device, pieces = self.view.model.device, self.pieces(rows)
         once_more = torch.is_grad_enabled() and (self._recompute or len(pieces) > 1)
-        batches = [collate(piece).to(device) for piece in pieces]
         if self._beginning.next_layer == stop:
-            states = [self._beginning.at_labels(*some) for some in zip(pieces, batches, strict=True)]
+            states = [self._beginning.at_labels(piece, device) for piece in pieces]
             return torch.cat(states), _labels(rows, device)
+        batches = [collate(piece).to(device) for piece in pieces]
         begin, layer = _once_more(self._beginning.begin, once_more), _once_more(_layer, once_more)
         last = _once_more(_heard_layer if stop - 1 in heard else _last_layer, once_more)
         begun = [begin(*some) for some in zip(pieces, batches, strict=True)]

@@ -56,7 +56,7 @@ def capture_routing(
     A new pass overwrites the last or, `joined`, its tokens follow those of the passes before it.
     The graph is kept when gradients are on, so that the anchor can be built from what was captured.
     """
-    routing = Routing(score=view.family.score_function(view.model.config.to_dict()))
+    routing = Routing(score=view.score)
 
     def record(index: int) -> _RouterHook:
         def hook(_: nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:

@@ -159,7 +159,7 @@ def split_experts_forward(
     for expert, leaves in targets.items():
         token, slot = torch.where(top_k_index == expert)
         if token.numel():
-            states = _target_forward(self, leaves, hidden_states[token])
+            states = _target_forward(self, leaves, hidden_states.index_select(0, token))
             weighted = states * top_k_weights[token, slot, None]
             output = output.index_add(0, token, weighted.to(output.dtype))
     return output

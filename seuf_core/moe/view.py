@@ -8,6 +8,7 @@ fused `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], or both transposed, w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from seuf_core import families
 from seuf_core.errors import ModelError
-from seuf_core.families import FAMILIES, Family, family_of, has_experts
+from seuf_core.families import FAMILIES, Family, Score, family_of, has_experts
 from seuf_core.moe.weights import Resident, Weights
 
 # What a bias is called that the router adds to its scores to choose only; it lies in the router or its block.
@@ -76,6 +77,11 @@ class MoEView:
     num_experts: int
     num_experts_per_tok: int
     weights: Weights = field(default_factory=Resident)
+
+    @cached_property
+    def score(self) -> Score:
+        """What the routers make of their logits before top-K."""
+        return self.family.score_function(self.model.config.to_dict())
 
     @property
     def num_layers(self) -> int:
