@@ -15,7 +15,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 
-from seuf_core.checkpoint.digests import PIECE, BackgroundDigest, Done, read_into
+from seuf_core.checkpoint.digests import PIECE, BackgroundDigest, Done, ReadAhead, read_into
 from seuf_core.checkpoint.index import TensorRecord
 from seuf_core.checkpoint.reader import tensor_bytes, write_all
 from seuf_core.checkpoint.staging import sync
@@ -111,6 +111,7 @@ def copy_patched(
         _BackgroundFlush(out.fileno()) as flush,
     ):
         size = os.fstat(base.fileno()).st_size
+        ahead = ReadAhead(base.fileno())
         # Two to read back into: one of them is still being hashed.
         there, back = memoryview(bytearray(PIECE)), cycle(memoryview(bytearray(PIECE)) for _ in range(2))
         for begin, end, record in _spans(records, size):
@@ -121,6 +122,7 @@ def copy_patched(
                 if new is not None:
                     wanted = new[at - begin : at - begin + length]
                 elif not reflinked:
+                    ahead.at(at)
                     wanted = read_into(base.fileno(), there[:length], at)
                 if wanted is not None:
                     write_all(out.fileno(), wanted, at)

@@ -297,10 +297,16 @@ def test_kl_equals_torch() -> None:
     torch.testing.assert_close(losses.kl(LOGITS, REFERENCE).mean(), own)
 
 
-def test_mse_equals_torch() -> None:
+def test_mse_and_its_gradient_are_those_of_the_mean_written_out() -> None:
     generator = torch.Generator().manual_seed(3)
     states, goal = (torch.randn(5, 4, generator=generator) for _ in range(2))
-    torch.testing.assert_close(losses.mse(states, goal), F.mse_loss(states, goal))
+    for target in (goal, goal[0]):
+        leaf = states.bfloat16().requires_grad_()
+        found = losses.mse(leaf, target)
+        torch.testing.assert_close(found, ((leaf.detach().float() - target) ** 2).sum() / 20)
+        found.backward()
+        slope = 2 * (leaf.detach().float() - target) / 20
+        torch.testing.assert_close(leaf.grad, slope.bfloat16())
 
 
 def test_undial_and_ce_u_equal_cross_entropy_with_soft_targets() -> None:
