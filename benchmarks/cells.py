@@ -56,12 +56,7 @@ STEPS: Final[dict[str, tuple[Steps, ...]]] = {
 }
 JOBS: Final[dict[str, tuple[Job, ...]]] = {
     "olmoe-125m": (),
-    # Half of the examples are trained on: 80, 17 and 40 steps. Of few steps what a job does once is most.
-    "qwen2-moe-1b": (
-        Job("rmu", "middle", examples=128),
-        Job("npo", "middle"),
-        Job("npo", "late", examples=64),
-    ),
+    "qwen2-moe-1b": (Job("rmu", "middle", examples=48), Job("npo", "middle"), Job("npo", "late")),
     # What a job takes when it may use little. One epoch shows memory and the plan's choice, not speed.
     "olmoe-1b-7b": (
         Job("rmu", "middle", "3GB", ours=1, naive=0),

@@ -23,7 +23,7 @@ from seuf_core.moe.trail import Trail
 from seuf_core.moe.view import MoEView
 
 # Padded tokens that go through a layer at once, forward, and forward and backward, which keeps its activations.
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 TOKENS_PER_BACKWARD = 1024
 
 

@@ -52,7 +52,11 @@ def grouped_experts_forward(
     said = [
         _expert(self, number, some) for number, some in enumerate(states.split(filled.tolist())) if len(some)
     ]
-    each: torch.Tensor = _Collect.apply(torch.cat(said), place)  # type: ignore[no-untyped-call]
+    del states  # with `said`, as large as all that follows
+    together = torch.cat(said)
+    del said
+    each: torch.Tensor = _Collect.apply(together, place)  # type: ignore[no-untyped-call]
+    del together
     weighted = each.view(T, K, -1) * top_k_weights[:, :, None]
     return weighted.sum(dim=1).to(hidden_states.dtype)
 

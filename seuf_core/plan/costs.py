@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from seuf_core.plan.facts import Calibration, ModelShape
 
 # Padded tokens of a pass without gradients: of attribution, while constants are computed, and of probes.
-TOKENS_PER_SCORE, TOKENS_PER_PASS, TOKENS_PER_LOOK = 2048, 2048, 4096
+TOKENS_PER_SCORE, TOKENS_PER_PASS, TOKENS_PER_LOOK = 1024, 2048, 4096
 # Padded tokens of a pass with gradients through the whole model (the score `gradient`).
 TOKENS_PER_BACKWARD = 1024
 # Padded tokens of probes whose states are in memory together (seuf_core.evaluate.probes).
