@@ -220,7 +220,7 @@ def _plan(figures: Figures) -> str:
         for job in jobs
     ]
     return (
-        markdown_table(("job", "memory, plan over actual", "seconds, plan over actual"), rows) if rows else ""
+        markdown_table(("job", "memory, actual over plan", "seconds, actual over plan"), rows) if rows else ""
     )
 
 

@@ -97,7 +97,7 @@ attention grows with the square of the length. Bytes are what the process grew b
     "plan": (
         "What the plan says beforehand",
         """
-`ARGS="--only plan"`. Each job is planned, run, and compared: 1 = as planned, above 1 = it took less than planned. A
+`ARGS="--only plan"`. Each job is planned, run, and compared: 1 = as planned, above 1 = it took more than planned. A
 plan should be within a fifth for memory and a factor of 1.5 for seconds.
 """,
     ),

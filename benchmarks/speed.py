@@ -23,7 +23,7 @@ SHAPES: Final = Path("build") / "shapes"
 
 
 def _plans(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
-    """Plan over actual of every case in benchmarks.plan."""
+    """Actual over plan of every case in benchmarks.plan."""
     if figures.names("plan/"):
         return
     for number, row in enumerate(plan.jobs_against_plans(setting), start=1):
