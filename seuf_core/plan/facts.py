@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -286,9 +286,9 @@ class Calibration:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """What `as_dict` gave."""
-        return cls(**fields)
+    def from_dict(cls, found: dict[str, Any]) -> Self | None:
+        """What `as_dict` gave; None for that of another version, which measured other things."""
+        return cls(**found) if found.keys() == {field.name for field in fields(cls)} else None
 
 
 # Anonymous memory of a process that has imported torch and transformers and loaded nothing, where nobody measured it.

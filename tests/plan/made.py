@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from seuf_core.plan.facts import Calibration, JobTokens, LayerShape, Machine, ModelShape, TokenCounts
 
 # One operation, one byte, one number a second: seconds are then counts.
@@ -15,7 +13,7 @@ UNIT = Calibration(
     head_rate=1.0,
     step_rate=1.0,
     read_rate=1.0,
-    reread_rate=math.inf,
+    reread_rate=1e300,  # at once; JSON knows no infinity
     write_rate=1.0,
     cached=False,
     baseline_bytes=0,

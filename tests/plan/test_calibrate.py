@@ -31,6 +31,8 @@ def test_any_family_is_measured_and_left_as_it_was(family: str, tmp_path: Path) 
         assert before.is_meta == after.is_meta
         assert after.is_meta or torch.equal(before, after)
     assert Calibration.from_dict(found.as_dict()) == found
+    older = {name: value for name, value in found.as_dict().items() if name != "reread_rate"}
+    assert Calibration.from_dict(older) is None
 
 
 def test_a_file_just_written_is_in_the_page_cache(tmp_path: Path) -> None:
