@@ -81,39 +81,28 @@ def _steps(figures: Figures) -> Iterator[Row]:
 
 
 def _jobs(figures: Figures) -> Iterator[Row]:
-    for name in figures.names("jobs/"):
-        if not name.endswith("/ours/seconds"):
-            continue
-        job = name.removesuffix("/ours/seconds")
+    for job in _measured(figures, "jobs/", "/ours/seconds"):
         _, shape, objective, place, memory = job.split("/")
         limited = "" if memory == "free" else f" in {memory}"
         yield Row(
             "jobs",
             shape,
             f"whole {objective} job{limited}, {shape}, {place} layer",
-            _ratio(figures, f"{job}/naive/seconds", name),
-            memory=(
-                figures.get(f"{job}/ours/peak_anonymous"),
-                figures.get(f"{job}/naive/peak_anonymous"),
-            ),
+            _ratio(figures, f"{job}/naive/seconds", f"{job}/ours/seconds"),
+            memory=_peaks(figures, job, "ours", "naive"),
         )
 
 
 def _attribution(figures: Figures) -> Iterator[Row]:
-    for name in figures.names("attribution/"):
-        if not name.endswith("/streamed/tokens_per_second"):
-            continue
-        prefix = name.removesuffix("/streamed/tokens_per_second")
+    rate = "tokens_per_second"
+    for prefix in _measured(figures, "attribution/", f"/streamed/{rate}"):
         shape = prefix.split("/")[1]
         yield Row(
             "attribution",
             shape,
             f"attribution, {shape}",
-            _ratio(figures, name, f"{prefix}/resident/tokens_per_second"),
-            memory=(
-                figures.get(f"{prefix}/streamed/peak_anonymous"),
-                figures.get(f"{prefix}/resident/peak_anonymous"),
-            ),
+            _ratio(figures, f"{prefix}/streamed/{rate}", f"{prefix}/resident/{rate}"),
+            memory=_peaks(figures, prefix, "streamed", "resident"),
         )
 
 
@@ -133,6 +122,15 @@ def _writing(figures: Figures) -> Iterator[Row]:
                     figures.get(f"{prefix}/save_pretrained/anonymous"),
                 ),
             )
+
+
+def _measured(figures: Figures, start: str, ending: str) -> Iterator[str]:
+    """What stands before `ending` in the figures that have it."""
+    return (name.removesuffix(ending) for name in figures.names(start) if name.endswith(ending))
+
+
+def _peaks(figures: Figures, prefix: str, ours: str, otherwise: str) -> tuple[float | None, float | None]:
+    return figures.get(f"{prefix}/{ours}/peak_anonymous"), figures.get(f"{prefix}/{otherwise}/peak_anonymous")
 
 
 def _ratio(figures: Figures, above: str, below: str) -> str:

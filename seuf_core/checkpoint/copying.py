@@ -15,7 +15,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 
-from seuf_core.checkpoint.digests import PIECE, BackgroundDigest, Done, ReadAhead, read_into
+from seuf_core.checkpoint.digests import PIECE, BackgroundDigest, Done, read_into
 from seuf_core.checkpoint.index import TensorRecord
 from seuf_core.checkpoint.reader import tensor_bytes, write_all
 from seuf_core.checkpoint.staging import sync
@@ -93,7 +93,7 @@ def copy_patched(
 
     One pass: each piece is written, read back, compared with what was meant, and hashed while the next one is written.
     So the digest is that of a file of which every byte is known to be the base's or the new value's.
-    Memory: 3 MiB and one tensor; in buffers that are used again, since fresh ones cost as much as the copying.
+    Memory: 3 MiB, the same ones for every piece, and one tensor.
 
     Args:
         records: the changed tensors, in file order; value: the new value of each, as the file holds it.
@@ -111,7 +111,6 @@ def copy_patched(
         _BackgroundFlush(out.fileno()) as flush,
     ):
         size = os.fstat(base.fileno()).st_size
-        ahead = ReadAhead(base.fileno())
         # Two to read back into: one of them is still being hashed.
         there, back = memoryview(bytearray(PIECE)), cycle(memoryview(bytearray(PIECE)) for _ in range(2))
         for begin, end, record in _spans(records, size):
@@ -122,7 +121,6 @@ def copy_patched(
                 if new is not None:
                     wanted = new[at - begin : at - begin + length]
                 elif not reflinked:
-                    ahead.at(at)
                     wanted = read_into(base.fileno(), there[:length], at)
                 if wanted is not None:
                     write_all(out.fileno(), wanted, at)

@@ -19,8 +19,6 @@ from typing import Self
 from seuf_core.cache import cache_folder
 
 PIECE = 1 << 20
-# The system reads ahead by 128 KiB on its own, which lets a fast disk wait for every piece.
-_AHEAD = 32 << 20
 # A file changed twice within its clock's grain may look unchanged: one this young is not remembered.
 _YOUNG_NS = 2_000_000_000
 
@@ -31,9 +29,7 @@ def sha256_of(path: Path, done: Done) -> str:
     """Digest of a file's content in hex, read once. Memory: 1 MiB."""
     digest, at, buffer = hashlib.sha256(), 0, memoryview(bytearray(PIECE))
     with path.open("rb", buffering=0) as stream:
-        ahead = ReadAhead(stream.fileno())
         while piece := read_into(stream.fileno(), buffer, at):
-            ahead.at(at)
             digest.update(piece)
             at += len(piece)
             done(len(piece))
@@ -76,19 +72,6 @@ def remember(path: Path, before: os.stat_result, digest: str) -> None:
 def _place(facts: os.stat_result) -> Path:
     key = f"{facts.st_dev} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns}"
     return cache_folder() / "sha256" / hashlib.sha256(key.encode()).hexdigest()
-
-
-class ReadAhead:
-    """Asks the system for what comes next in a file that is read from end to end, while this process does its work."""
-
-    def __init__(self, file: int) -> None:
-        self._file, self._asked = file, 0
-
-    def at(self, offset: int) -> None:
-        """Reading has come this far."""
-        if offset + _AHEAD > self._asked and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, self._asked, _AHEAD, os.POSIX_FADV_WILLNEED)
-            self._asked += _AHEAD
 
 
 class BackgroundDigest:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seuf_core.moe.passes import Flow, Route, run_layer
+from seuf_core.moe.passes import Flow, Route, ending_at, run_layer
 from seuf_core.moe.view import MoELayer, MoEView
 
 # Each part, and what it said every time it was asked.
@@ -85,8 +85,8 @@ def run_layer_at(view: MoEView, index: int, flow: Flow, routed: Route, at: torch
     """
     if index not in view.layer_indices:
         return run_layer(view, index, flow, routed).states[at]
-    layer = view.layer(index)
-    with listening(view, layer) as said, _until(_holding(view, layer)):
+    layer, whole = view.layer(index), view.model.get_decoder().layers[index]
+    with listening(view, layer) as said, ending_at(_holder(whole, layer)):
         run_layer(view, index, flow, routed)
     tokens = at.numel()
     where = at.flatten().nonzero()[:, 0]
@@ -98,30 +98,9 @@ def run_layer_at(view: MoEView, index: int, flow: Flow, routed: Route, at: torch
         ).states[0]
 
 
-class _ReachedError(Exception):
-    """The pass has come as far as it should."""
-
-
-@contextmanager
-def _until(module: nn.Module) -> Iterator[None]:
-    """The block ends where `module` is asked for the first time."""
-
-    def stop(_: nn.Module, __: object) -> None:
-        raise _ReachedError
-
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        yield
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
-
-
-def _holding(view: MoEView, layer: MoELayer) -> nn.Module:
-    """The child of the decoder layer that has the experts, or is them."""
-    whole: nn.Module = view.model.get_decoder().layers[layer.index]
-    return next(child for child in whole.children() if layer.experts in set(child.modules()))
+def _holder(within: nn.Module, layer: MoELayer) -> nn.Module:
+    """The child of a module that has the layer's experts, or is them."""
+    return next(child for child in within.children() if layer.experts in set(child.modules()))
 
 
 def _beside_experts(view: MoEView, layer: MoELayer) -> list[nn.Module]:
@@ -130,7 +109,7 @@ def _beside_experts(view: MoEView, layer: MoELayer) -> list[nn.Module]:
     found: list[nn.Module] = []
     within: nn.Module = view.model.get_decoder().layers[layer.index]
     while within is not layer.experts:
-        inner = next(child for child in within.children() if layer.experts in set(child.modules()))
+        inner = _holder(within, layer)
         found += [
             child
             for child in within.children()

@@ -109,6 +109,26 @@ def run_layer(view: MoEView, index: int, flow: Flow, routed: Route) -> Flow:
     return Flow(*output) if isinstance(output, tuple) else Flow(output)
 
 
+class _ReachedError(Exception):
+    """The pass has come as far as it should."""
+
+
+@contextmanager
+def ending_at(module: nn.Module, *, answered: bool = False) -> Iterator[None]:
+    """The block ends where `module` is first asked or, `answered`, when its hooks have heard its answer."""
+
+    def stop(*_: object) -> None:
+        raise _ReachedError
+
+    handle = module.register_forward_hook(stop) if answered else module.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+
+
 def tail(view: MoEView, states: torch.Tensor) -> torch.Tensor:
     """Logits [P, V] of P positions, from what comes out of the last decoder layer there: states [P, H]."""
     # Each position a sequence of its own: nothing past the layers mixes positions, and one of length 1 needs no

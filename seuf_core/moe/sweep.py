@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from seuf_core.data.batches import Batch
-from seuf_core.moe.passes import Flow, Route, embed, route, run_layer
+from seuf_core.moe.passes import Flow, Route, embed, ending_at, route, run_layer
 from seuf_core.moe.shelf import Shelf
 from seuf_core.moe.view import MoEView
 
@@ -147,24 +146,7 @@ def sweep(
                 states.put(number, flow)
                 entered(index + 1, number, flow)
             else:
-                _run_to_router(view, index, flow, routes[number])
+                # Until the router has decided and every hook on it has heard.
+                with ending_at(view.layer(index).router, answered=True):
+                    run_layer(view, index, flow, routes[number])
             yield index, number
-
-
-class _ReachedError(Exception):
-    """The router has decided."""
-
-
-def _run_to_router(view: MoEView, index: int, flow: Flow, routed: Route) -> None:
-    """A sparse layer until its router has decided and every hook on it has heard."""
-
-    def stop(_: nn.Module, __: object, ___: object) -> None:
-        raise _ReachedError
-
-    handle = view.layer(index).router.register_forward_hook(stop)
-    try:
-        run_layer(view, index, flow, routed)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
