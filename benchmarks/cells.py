@@ -56,7 +56,11 @@ STEPS: Final[dict[str, tuple[Steps, ...]]] = {
 }
 JOBS: Final[dict[str, tuple[Job, ...]]] = {
     "olmoe-125m": (),
-    "qwen2-moe-1b": (Job("rmu", "middle", examples=48), Job("npo", "middle"), Job("npo", "late")),
+    "qwen2-moe-1b": (
+        Job("rmu", "middle", examples=128),
+        Job("npo", "middle", examples=64),
+        Job("npo", "late", examples=64),
+    ),
     # What a job takes when it may use little. One epoch shows memory and the plan's choice, not speed.
     "olmoe-1b-7b": (
         Job("rmu", "middle", "3GB", ours=1, naive=0),
