@@ -2,8 +2,8 @@
 
     python -m benchmarks.writing --shape qwen2-moe-1b --folder build/shapes
 
-Four ways, in turn:
-    save_pretrained   the model is in memory, and every byte of it is written
+Four ways; the first in a process that has the model in memory, the others in one that has not:
+    save_pretrained   every byte of the model is written
     first             write_checkpoint with hard links from a base it never saw: what is shared is read for its digest
     again             the same from a base whose digests it remembers: every job on a base but the first
     copied            the same without any sharing: what a file system without reflinks does by default
@@ -49,6 +49,11 @@ LARGE_ROUNDS: Final = 2
 SHARES: Final[dict[str, Share]] = {"first": "hardlink", "again": "hardlink", "copied": "copy"}
 
 
+def called(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function gives, in this process."""
+    return function(*args)
+
+
 def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
     """Measure every shape that is not there yet."""
     for shape in setting.shapes:
@@ -57,20 +62,26 @@ def run(setting: Setting, figures: Figures, save: Callable[[], None]) -> None:
         base, layer = setting.checkpoint(shape), setting.layers(shape)["middle"]
         rounds = min(setting.rounds, LARGE_ROUNDS) if shape in LARGE else setting.rounds
         with TemporaryDirectory(dir=setting.folder) as scratch:
-            for name, (value, unit) in measure_writing(base, Path(scratch), layer, rounds).items():
+            for name, (value, unit) in measure_writing(
+                base, Path(scratch), layer, rounds, setting.apart
+            ).items():
                 figures.add(f"writing/{shape}/{name}", value, unit)
         save()
 
 
-def measure_writing(base: Path, scratch: Path, layer: int, rounds: int) -> Found:
+def measure_writing(
+    base: Path, scratch: Path, layer: int, rounds: int, apart: Callable[..., Any] = called
+) -> Found:
     """Seconds, bytes given to the disk and memory of each way, medians of `rounds`, and the same of the delta file.
 
-    Memory: the whole model, which save_pretrained needs; disk: twice its bytes. `anonymous` of save_pretrained is with
-    the model, of the others what they add.
+    Each in a process of its own, as each is used: who calls save_pretrained has the model in memory, and what
+    write_checkpoint reads was read by the job a moment ago. Disk: twice the model's bytes. `anonymous` of
+    save_pretrained is with the model, of the others what they add.
 
     Args:
         base: folder of the model; scratch: an empty folder on the same file system.
         layer: in which expert 0 is replaced.
+        apart: calls a function with its arguments, in another process if it is to.
 
     Raises:
         AssertionError: what was written is not what from_pretrained gives back.
@@ -78,22 +89,31 @@ def measure_writing(base: Path, scratch: Path, layer: int, rounds: int) -> Found
     changed = new_expert(base, layer)
     written = scratch / "written"
     write_checkpoint(base, written, changed, "benchmark", share="copy")
+    found = delta_figures(base, written / DELTA, scratch, changed, rounds)
+    saved = apart(_saving, base, written, changed, rounds)
+    return _summary({"save_pretrained": saved, **apart(_writing, base, written, changed, rounds)}) | found
+
+
+def _saving(base: Path, written: Path, changed: Mapping[str, torch.Tensor], rounds: int) -> list[Turn]:
+    """Turns of save_pretrained, on the model that was written, which is checked and deleted."""
     model = AutoModelForCausalLM.from_pretrained(written, dtype="auto")
     check_equal(model, base, changed)
-    found = delta_figures(base, written / DELTA, scratch, changed, rounds)
     shutil.rmtree(written)
-    turns: dict[str, list[Turn]] = {"save_pretrained": [], **{name: [] for name in SHARES}}
-    for number in range(1 + rounds):  # the first does not count
+    save = partial(_save, model, base, written)
+    return [_turn(save, written) for _ in range(1 + rounds)][1:]  # the first does not count
+
+
+def _writing(
+    base: Path, written: Path, changed: Mapping[str, torch.Tensor], rounds: int
+) -> dict[str, list[Turn]]:
+    """Turns of write_checkpoint, its ways one after the other in every round."""
+    turns: dict[str, list[Turn]] = {name: [] for name in SHARES}
+    for _ in range(1 + rounds):
         for name, taken in turns.items():
-            if name == "save_pretrained":
-                turn = _turn(partial(_save, model, base, written), written)
-            else:
-                write = partial(write_checkpoint, base, written, changed, "benchmark", share=SHARES[name])
-                with digests_in(scratch / name, empty=name == "first"):
-                    turn = _turn(write, written)
-            if number:
-                taken.append(turn)
-    return _summary(turns) | found
+            write = partial(write_checkpoint, base, written, changed, "benchmark", share=SHARES[name])
+            with digests_in(written.parent / name, empty=name == "first"):
+                taken.append(_turn(write, written))
+    return {name: taken[1:] for name, taken in turns.items()}  # the first does not count
 
 
 def _save(model: Any, base: Path, out: Path) -> None:
