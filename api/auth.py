@@ -34,7 +34,7 @@ class KeyMiddleware:
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         caller = None
         if scheme.lower() == "bearer" and token:
-            caller = await run_in_threadpool(self._find, token.strip())
+            caller = await run_in_threadpool(self._find, token.strip(), scope["state"]["request_id"])
         if caller is None:
             problem = _refusal(bool(token))
             await respond(problem, scope["state"]["request_id"])(scope, receive, send)
@@ -42,10 +42,10 @@ class KeyMiddleware:
         scope["state"]["caller"] = caller
         await self.app(scope, receive, send)
 
-    def _find(self, token: str) -> Caller | None:
+    def _find(self, token: str, request_id: str) -> Caller | None:
         with self.database.read() as session:
             row = authenticate(session, token, self.secret)
-            return Caller(row.id, row.tenant) if row is not None else None
+            return Caller(row.id, row.tenant, frozenset(row.scopes), request_id) if row is not None else None
 
 
 def _refusal(given: bool) -> Problem:

@@ -7,9 +7,11 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer
+from sqlalchemy.orm import Session
 
 from api.settings import ApiSettings
 from store.artefacts import Artefacts
+from store.audit import Audit
 from store.database import Database
 
 
@@ -24,10 +26,24 @@ class Service:
 
 @dataclass(frozen=True)
 class Caller:
-    """Whose key opened the door: its id (for the audit log) and the tenant every query is bound to."""
+    """Whose key opened the door, and with which request.
+
+    Attributes:
+        key_id: for the audit log.
+        tenant: every query is bound to it.
+        scopes: what the key may do (store.keys).
+        request_id: goes with everything that the request leaves behind.
+    """
 
     key_id: str
     tenant: str
+    scopes: frozenset[str]
+    request_id: str
+
+
+def audit(session: Session, caller: Caller, what: str, object_id: str) -> None:
+    """The caller did `what` ("job.create") to `object_id`, in the caller's transaction."""
+    Audit(session, caller.tenant).record(caller.key_id, what, object_id, caller.request_id)
 
 
 def _service(request: Request) -> Service:

@@ -11,11 +11,10 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
-from api.context import Caller, Service, TheCaller, TheService
+from api.context import Caller, Service, TheCaller, TheService, audit
 from api.docs import problems, upload_body
 from api.upload import Intake, receive, refusal
 from seuf_core.data.records import FileSummary, Limits
-from store.audit import Audit
 from store.files import Files, artefact_key
 from store.ids import new_id
 from store.tables import File
@@ -87,7 +86,7 @@ def record(session: Session, caller: Caller, file_id: str, summary: FileSummary,
         summary.examples,
         summary.tokens_estimate,
     )
-    Audit(session, caller.tenant).record(caller.key_id, "file.create", file_id)
+    audit(session, caller, "file.create", file_id)
     return row
 
 
@@ -113,5 +112,5 @@ def delete_file(file_id: str, service: TheService, caller: TheCaller) -> None:
     """Delete a file and its bytes. Ended jobs keep its digest; one that still needs it blocks this (409)."""
     with service.database.write() as session:
         Files(session, caller.tenant).delete(file_id)
-        Audit(session, caller.tenant).record(caller.key_id, "file.delete", file_id)
+        audit(session, caller, "file.delete", file_id)
     service.artefacts.delete(artefact_key(file_id))

@@ -12,14 +12,13 @@ from pydantic import JsonValue
 from sqlalchemy.orm import Session
 
 from api import files, schemas, views
-from api.context import Service, TheCaller, TheService
+from api.context import Caller, Service, TheCaller, TheService, audit
 from api.docs import problems
 from api.problems import FieldError, Problem, at, from_seuf_error
 from seuf_core.attribution.heatmap import attribution_svg
 from seuf_core.data.records import FileSummary, Limits, Purpose, RecordReader
 from seuf_core.errors import MethodError, ModelError
 from seuf_core.families import require_experts
-from store.audit import Audit
 from store.errors import NotFoundError
 from store.files import Files, artefact_key
 from store.jobs import Jobs, JobSpec, SetRef
@@ -54,8 +53,8 @@ def submit_job(
             }
             for purpose, file_id in placed.items():
                 files.record(session, caller, file_id, inline[purpose][0], f"inline-{purpose}.jsonl")
-            row = Jobs(session, caller.tenant).create(_spec(body, session, caller.tenant, sets))
-            Audit(session, caller.tenant).record(caller.key_id, "job.create", row.id)
+            row = Jobs(session, caller.tenant).create(_spec(body, session, caller, sets))
+            audit(session, caller, "job.create", row.id)
     except BaseException:
         for file_id in placed.values():
             service.artefacts.delete(artefact_key(file_id))
@@ -117,8 +116,11 @@ def _check_inline(purpose: Purpose, examples: list[dict[str, JsonValue]]) -> tup
     return summary, content
 
 
-def _spec(body: schemas.JobCreate, session: Session, tenant: str, stored: dict[Purpose, SetRef]) -> JobSpec:
+def _spec(
+    body: schemas.JobCreate, session: Session, caller: Caller, stored: dict[Purpose, SetRef]
+) -> JobSpec:
     """The job with every name looked up, or 422 with a pointer to the one that is not there."""
+    tenant = caller.tenant
     sets = {purpose: stored.get(purpose) or uploaded(body, purpose, session, tenant) for purpose in SETS}
     forget = sets["forget"]
     assert forget is not None  # required by the schema
@@ -130,6 +132,7 @@ def _spec(body: schemas.JobCreate, session: Session, tenant: str, stored: dict[P
         method=body.method.model_dump(mode="json"),
         seed=body.method.seed,
         metadata=body.metadata,
+        request_id=caller.request_id,
     )
 
 
@@ -223,7 +226,7 @@ def cancel_job(job_id: str, service: TheService, caller: TheCaller) -> schemas.J
     """
     with service.database.write() as session:
         row = Jobs(session, caller.tenant).request_cancel(job_id)
-        Audit(session, caller.tenant).record(caller.key_id, "job.cancel", job_id)
+        audit(session, caller, "job.cancel", job_id)
     return views.job(row)
 
 

@@ -9,12 +9,11 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy.exc import IntegrityError
 
 from api import schemas, views
-from api.context import TheCaller, TheService
+from api.context import TheCaller, TheService, audit
 from api.docs import problems
 from api.problems import at, from_seuf_error
 from seuf_core.checkpoint.inspect import inspect_model
 from seuf_core.errors import ModelError
-from store.audit import Audit
 from store.errors import NameTakenError
 from store.models import Models
 
@@ -42,7 +41,7 @@ def register_model(
         except (NameTakenError, IntegrityError) as error:  # the second: two requests at the same moment
             detail = f"A model named {body.name!r} is registered already."
             raise at("/name", 409, "name_taken", detail, "Choose another name.") from error
-        Audit(session, caller.tenant).record(caller.key_id, "model.create", row.id)
+        audit(session, caller, "model.create", row.id)
     response.headers["Location"] = f"/models/{row.id}"
     return views.model(row)
 

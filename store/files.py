@@ -34,6 +34,8 @@ class Files(Repository):
                 name=name,
                 sha256=sha256,
                 bytes=size,
+                uploaded_sha256=sha256,
+                uploaded_bytes=size,
                 examples=examples,
                 tokens_estimate=tokens_estimate,
             )

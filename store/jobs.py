@@ -34,6 +34,7 @@ class JobSpec:
     retain: SetRef | None = None
     evaluation: SetRef | None = None
     metadata: Mapping[str, str] | None = None
+    request_id: str | None = None
 
 
 class Jobs(Repository):
@@ -55,6 +56,7 @@ class Jobs(Repository):
             method=dict(spec.method),
             seed=spec.seed,
             meta=dict(spec.metadata or {}),
+            request_id=spec.request_id,
         )
         self._add(job)
         events.append(self.session, job.id, "status", {"status": Status.QUEUED})

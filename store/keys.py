@@ -36,7 +36,9 @@ class Keys(Repository):
         """A new key; `secret` is Settings.secret_bytes()."""
         body = _START + random_base32(_NAME + _SECRET)
         token = body + _checksum(body)
-        row = ApiKey(id=new_id("key"), name=name, prefix=_prefix(token), hmac=_hmac(token, secret))
+        row = ApiKey(
+            id=new_id("key"), name=name, prefix=_prefix(token), hmac=_hmac(token, secret), scopes=["admin"]
+        )
         return NewKey(token, self._add(row))
 
     def list(self, cursor: str | None = None, limit: int = 20) -> Page[ApiKey]:

@@ -1,120 +1,13 @@
-"""The tables. Typed columns only: no relationships, so no query can hide behind an attribute."""
+"""Models, jobs, and what a job found, measured and made."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    DateTime,
-    Dialect,
-    Enum,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Text,
-    TypeDecorator,
-    UniqueConstraint,
-)
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import BigInteger, ForeignKey, Index, String, Text, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column
 
+from store.tables.base import Base, BigId, Listed, Tenanted, now
 from store.transitions import Status
-
-Json = JSON().with_variant(JSONB(), "postgresql")
-BigId = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows by itself only for INTEGER
-StatusType = Enum(
-    Status, native_enum=False, length=16, values_callable=lambda kinds: [kind.value for kind in kinds]
-)
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC time.
-
-    SQLite has no time zones, so they are dropped on the way in and put back on the way out.
-    """
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse a naive time: nobody can say what it means."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("A time without a zone cannot be stored. Use datetime.now(UTC).")
-        value = value.astimezone(UTC)
-        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        """Always UTC, always aware."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-def now() -> datetime:
-    """The time of a row. (Leases use store.database.utc_now, the database's clock.)"""
-    return datetime.now(UTC)
-
-
-class Base(DeclarativeBase):
-    """Names every constraint, so that migrations can name them too."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy reads it as it stands)
-        datetime: UtcDateTime,
-        dict[str, Any]: Json,
-        list[Any]: Json,
-        Status: StatusType,
-    }
-
-
-class Tenanted(Base):
-    """Every row belongs to one tenant; store.repository adds the condition."""
-
-    __abstract__ = True
-    tenant: Mapped[str] = mapped_column(String(64), sort_order=-1)
-
-
-class Listed(Tenanted):
-    """A row with an id that lists show, newest first."""
-
-    __abstract__ = True
-    id: Mapped[str] = mapped_column(String(32), primary_key=True, sort_order=-2)
-    created_at: Mapped[datetime] = mapped_column(default=now)
-
-
-class ApiKey(Listed):
-    """A key: what is shown of it, and the HMAC of the rest. The key itself is never stored."""
-
-    __tablename__ = "api_keys"
-    name: Mapped[str] = mapped_column(String(200))
-    prefix: Mapped[str] = mapped_column(String(32), unique=True)
-    hmac: Mapped[str] = mapped_column(String(64))
-    revoked_at: Mapped[datetime | None]
-
-
-class File(Listed):
-    """An uploaded forget, retain or evaluation set; its bytes are the artefact files/<id>.jsonl."""
-
-    __tablename__ = "files"
-    __table_args__ = (Index(None, "tenant", "created_at", "id"),)
-    purpose: Mapped[str] = mapped_column(String(16))
-    name: Mapped[str] = mapped_column(String(255))
-    sha256: Mapped[str] = mapped_column(String(64))
-    bytes: Mapped[int] = mapped_column(BigInteger)
-    examples: Mapped[int]
-    tokens_estimate: Mapped[int] = mapped_column(BigInteger)
 
 
 class Model(Listed):
@@ -151,6 +44,10 @@ class Job(Listed):
     method: Mapped[dict[str, Any]]
     seed: Mapped[int] = mapped_column(BigInteger)
     meta: Mapped[dict[str, Any]] = mapped_column("metadata")
+    request_id: Mapped[str | None] = mapped_column(String(128))
+    retry_of: Mapped[str | None] = mapped_column(String(32))
+    max_seconds: Mapped[float | None]
+    max_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
     phase: Mapped[str | None] = mapped_column(String(16))
     phase_done: Mapped[int] = mapped_column(default=0)
@@ -161,6 +58,7 @@ class Job(Listed):
 
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     attempts: Mapped[int] = mapped_column(default=0)
+    lost_leases: Mapped[int] = mapped_column(default=0)
     lease_token: Mapped[int] = mapped_column(BigInteger, default=0)
     lease_worker: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None]
@@ -251,13 +149,10 @@ class OutboxMessage(Tenanted):
     published_at: Mapped[datetime | None]
 
 
-class AuditRow(Tenanted):
-    """Who did what to which object, and when. Only ever added to; never any text of a set."""
+class Duty(Base):
+    """Work that one process does for all of them (sweeps, reconciling): who has it, and until when."""
 
-    __tablename__ = "audit"
-    __table_args__ = (Index(None, "tenant", "id"),)
-    id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    who: Mapped[str] = mapped_column(String(64))
-    what: Mapped[str] = mapped_column(String(64))
-    object: Mapped[str] = mapped_column(String(64))
-    at: Mapped[datetime] = mapped_column(default=now)
+    __tablename__ = "duties"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(200))
+    expires_at: Mapped[datetime]
