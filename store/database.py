@@ -30,7 +30,8 @@ class Database:
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         # pool_pre_ping: a restarted Postgres costs one reconnect instead of one failed request per pooled
         # connection.
-        self.engine = create_engine(parsed, pool_pre_ping=not self.is_sqlite)
+        # hide_parameters: an error that is logged quotes no row's values.
+        self.engine = create_engine(parsed, pool_pre_ping=not self.is_sqlite, hide_parameters=True)
         if self.is_sqlite:
             if parsed.database:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)

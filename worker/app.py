@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 
 from store.database import Database
 from store.settings import Settings
-from worker.lanes import worker_id
+from worker.life import worker_id
 from worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Background work that no single job owns: telling the broker of jobs, taking jobs from silent workers.
+"""Background work that no single job owns: the duties of worker.duties, and telling the broker of jobs.
 
 `python -m worker.dispatcher` for the celery lane; the database lane runs the same loop beside itself,
 without a broker.
@@ -11,18 +11,20 @@ from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from store import leases
 from store.database import Database
 from store.outbox import Outbox
 from store.settings import Settings
+from worker.duties import Rota
 from worker.life import StopFlag
 
 log = logging.getLogger(__name__)
 
 PUBLISH_SECONDS = 0.5
 """Between two looks at the outbox: what a job waits at most before a worker hears of it."""
-RELEASE_SECONDS = 5
-"""Between two looks for expired leases, which take a minute to expire."""
+ASK_SECONDS = 5
+"""Between two questions whether the broker has lost messages."""
+LEAVE_SECONDS = 3
+"""What duties under way are given to end when the loop does. They may be cut off anywhere."""
 LOST_SECONDS = 30
 """A message this old is lost if the broker is empty and its job still queued: a claim takes a second."""
 
@@ -76,37 +78,26 @@ def resend_lost(database: Database, broker: Broker, older_than_seconds: float = 
     return lost
 
 
-def release_expired(database: Database) -> None:
-    """Jobs of silent workers go back to the queue, or end."""
-    with database.write() as session:
-        released = [(job.id, job.status) for job in leases.release_expired(session)]
-    for job_id, status in released:
-        log.warning("%s: its lease expired; now %s", job_id, status)
+def loop(database: Database, settings: Settings, broker: Broker | None, wait: Wait) -> None:
+    """Until `wait` says so: the duties when they are due (worker.duties); with a broker also the outbox every
+    PUBLISH_SECONDS and lost messages every ASK_SECONDS.
 
-
-def loop(database: Database, broker: Broker | None, wait: Wait) -> None:
-    """Until `wait` says so: the outbox every PUBLISH_SECONDS, leases and lost messages every
-    RELEASE_SECONDS.
-
-    Without a broker only the leases. Survives a database or a broker that is away: both are only asked
-    again.
+    Survives a database or a broker that is away: both are only asked again.
     """
-    pause = PUBLISH_SECONDS if broker else RELEASE_SECONDS
-    looked_at = -math.inf
+    rota = Rota(database, settings)
+    asked_at = -math.inf
     while True:
-        seldom = time.monotonic() - looked_at >= RELEASE_SECONDS
-        if seldom:
-            looked_at = time.monotonic()
-        try:
-            if seldom:
-                release_expired(database)
-            if broker is not None:
-                if seldom:
+        rota.look()
+        if broker is not None:
+            try:
+                if time.monotonic() - asked_at >= ASK_SECONDS:
+                    asked_at = time.monotonic()
                     resend_lost(database, broker)
                 publish_outbox(database, broker)
-        except (SQLAlchemyError, OSError) as error:
-            log.warning("%s; again in %.1f s", type(error).__name__, pause)
-        if wait(pause):
+            except (SQLAlchemyError, OSError) as error:
+                log.warning("%s; again in %.1f s", type(error).__name__, PUBLISH_SECONDS)
+        if wait(PUBLISH_SECONDS):
+            rota.close(LEAVE_SECONDS)
             return
 
 
@@ -120,7 +111,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     stop = StopFlag()
-    loop(Database(settings.database_url), CeleryBroker(app), stop.wait)
+    loop(Database(settings.database_url), settings, CeleryBroker(app), stop.wait)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """The database lane: one machine, no broker. Asks the database for the oldest queued job and runs it."""
 
 import logging
-import os
-import socket
 import threading
 from collections.abc import Callable
 
@@ -11,6 +9,7 @@ from sqlalchemy.exc import OperationalError
 from store.database import Database
 from store.settings import Settings
 from worker import dispatcher
+from worker.life import worker_id
 from worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -19,17 +18,12 @@ IDLE_SECONDS = 0.5
 """Between two looks at an empty queue: one indexed query."""
 
 
-def worker_id() -> str:
-    """Who this worker is, for people: host and process."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
 def run_database_lane(settings: Settings, wait: Callable[[float], bool]) -> None:
     """Run jobs one after the other until `wait` (sleep at most so long; true: end) says so."""
     database = Database(settings.database_url)
     supervisor = Supervisor(database, settings, worker_id())
     beside = threading.Thread(
-        target=dispatcher.loop, args=(database, None, wait), name="dispatcher", daemon=True
+        target=dispatcher.loop, args=(database, settings, None, wait), name="dispatcher", daemon=True
     )
     beside.start()
     log.info("database lane %s ready", supervisor.worker_id)

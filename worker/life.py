@@ -1,14 +1,20 @@
-"""The engine's ties to its supervisor: it dies with it, and hears when it should stop."""
+"""What a process is called, and its ties to others: an engine dies with its supervisor, and hears when to stop."""
 
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 from queue import SimpleQueue
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
+
+
+def worker_id() -> str:
+    """Who this process is, for people: host and process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def die_with_parent() -> SimpleQueue[str]:

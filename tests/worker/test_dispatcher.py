@@ -9,6 +9,7 @@ import redis
 
 from store.database import Database
 from store.outbox import Outbox
+from store.settings import Settings
 from tests.seeds import add_job, add_running, get_job
 from tests.services import free_port, redis_on, wait_until
 from worker import dispatcher
@@ -50,7 +51,7 @@ def test_a_broker_that_is_away_is_waited_for(database: Database) -> None:
     with pytest.raises(ConnectionError):
         broker.is_empty()
     ended = threading.Event()
-    thread = threading.Thread(target=dispatcher.loop, args=(database, broker, ended.wait))
+    thread = threading.Thread(target=dispatcher.loop, args=(database, Settings(), broker, ended.wait))
     thread.start()
     try:
         wait_until(lambda: get_job(database, expired).status == "queued", 20, "the expired lease")
