@@ -19,6 +19,15 @@ ID = sa.String(length=32)
 TENANT = sa.String(length=64)
 DIGEST = sa.String(length=64)
 START = "0" * 64
+JOB_COLUMNS = (
+    "request_id",
+    "traceparent",
+    "retry_of",
+    "max_seconds",
+    "max_memory_bytes",
+    "lost_leases",
+    "phase_seconds",
+)
 
 
 def upgrade() -> None:
@@ -55,7 +64,8 @@ def downgrade() -> None:
             audit.drop_column(name)
         audit.create_index(op.f("ix_audit_tenant_id"), ["tenant", "id"])
     with op.batch_alter_table("jobs") as jobs:
-        for name in ("request_id", "retry_of", "max_seconds", "max_memory_bytes", "lost_leases"):
+        jobs.drop_index(op.f("ix_jobs_finished_at"))
+        for name in JOB_COLUMNS:
             jobs.drop_column(name)
     op.execute("DELETE FROM files WHERE deleted_at IS NOT NULL")
     with op.batch_alter_table("files") as files:
@@ -88,10 +98,13 @@ def _files() -> None:
 def _jobs() -> None:
     with op.batch_alter_table("jobs") as jobs:
         jobs.add_column(sa.Column("request_id", sa.String(length=128), nullable=True))
+        jobs.add_column(sa.Column("traceparent", sa.String(length=64), nullable=True))
         jobs.add_column(sa.Column("retry_of", ID, nullable=True))
         jobs.add_column(sa.Column("max_seconds", sa.Double(), nullable=True))
         jobs.add_column(sa.Column("max_memory_bytes", sa.BigInteger(), nullable=True))
         jobs.add_column(sa.Column("lost_leases", sa.Integer(), nullable=False, server_default="0"))
+        jobs.add_column(sa.Column("phase_seconds", JSON, nullable=True))
+        jobs.create_index(op.f("ix_jobs_finished_at"), ["finished_at"])
 
 
 def _audit_chains() -> None:

@@ -32,6 +32,7 @@ class Job(Listed):
     __table_args__ = (
         Index(None, "tenant", "created_at", "id"),
         Index(None, "status", "created_at", "id"),
+        Index(None, "finished_at"),
     )
     status: Mapped[Status]
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
@@ -45,6 +46,7 @@ class Job(Listed):
     seed: Mapped[int] = mapped_column(BigInteger)
     meta: Mapped[dict[str, Any]] = mapped_column("metadata")
     request_id: Mapped[str | None] = mapped_column(String(128))
+    traceparent: Mapped[str | None] = mapped_column(String(64))
     retry_of: Mapped[str | None] = mapped_column(String(32))
     max_seconds: Mapped[float | None]
     max_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
@@ -70,6 +72,7 @@ class Job(Listed):
     checkpoint_id: Mapped[str | None] = mapped_column(String(32))
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    phase_seconds: Mapped[dict[str, Any] | None]
 
 
 class Event(Tenanted):
