@@ -1,7 +1,9 @@
 """Alembic's environment: runs the migrations on the address that store.migrate hands over."""
 
+from typing import Any
+
 from alembic import context
-from sqlalchemy import text
+from sqlalchemy import Connection, event, text
 
 from store.database import Database
 from store.tables import Base
@@ -13,6 +15,8 @@ MIGRATION_LOCK = 2411_18797
 
 def _run() -> None:
     database = Database(context.config.attributes["url"])
+    if database.is_sqlite:
+        event.listen(database.engine, "connect", _without_foreign_keys)
     try:
         # The writing engine: SQLite takes its write lock first, so two starters cannot both create the
         # tables.
@@ -27,8 +31,24 @@ def _run() -> None:
                 if not database.is_sqlite:
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
                 context.run_migrations()
+                if database.is_sqlite:
+                    _check_foreign_keys(connection)
     finally:
         database.dispose()
+
+
+def _without_foreign_keys(connection: Any, _record: Any) -> None:
+    """SQLite changes a column by making the table anew, and would not drop one that others refer to.
+
+    Off before the transaction, checked at its end: the way SQLite's own documentation has it.
+    """
+    connection.execute("PRAGMA foreign_keys = OFF")
+
+
+def _check_foreign_keys(connection: Connection) -> None:
+    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    if broken:
+        raise RuntimeError(f"The migration would leave rows that refer to nothing: {broken[:5]}")
 
 
 _run()

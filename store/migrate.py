@@ -15,22 +15,23 @@ def upgrade(database_url: str, revision: str = "head") -> None:
 
     Safe when several processes start it at once.
     """
-    command.upgrade(_config(database_url), revision)
+    command.upgrade(alembic_config(database_url), revision)
 
 
 def downgrade(database_url: str, revision: str) -> None:
     """Undo migrations down to `revision` ("base": all of them, with the data in their tables)."""
-    command.downgrade(_config(database_url), revision)
+    command.downgrade(alembic_config(database_url), revision)
 
 
 def at_head(database: Database) -> bool:
     """Has the database every migration this code knows of?"""
     with database.engine.connect() as connection:
         current = MigrationContext.configure(connection).get_current_revision()
-    return current == ScriptDirectory.from_config(_config()).get_current_head()
+    return current == ScriptDirectory.from_config(alembic_config()).get_current_head()
 
 
-def _config(database_url: str | None = None) -> Config:
+def alembic_config(database_url: str | None = None) -> Config:
+    """What alembic needs to find the migrations, and the database if one is given."""
     # Found, not imported: the store knows nothing of the migrations, which know its tables.
     spec = find_spec("migrations")
     assert spec is not None
