@@ -16,11 +16,11 @@ ENGINE_ONLY = {"torch", "transformers", "safetensors", "peft"}
 
 
 def requirements(image: str) -> list[str]:
-    """The main, cluster and tracing requirements of pyproject.toml, for one image."""
+    """The main, cluster, tracing and s3 requirements of pyproject.toml, for one image."""
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["cluster"], *extras["tracing"]]
+    wanted = [*project["dependencies"], *extras["cluster"], *extras["tracing"], *extras["s3"]]
     if image == "edge":
         return [line for line in wanted if re.split(r"[^\w-]", line)[0] not in ENGINE_ONLY]
     return wanted
