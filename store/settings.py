@@ -1,12 +1,13 @@
 """Settings of every process, from the environment (SEUF_...) with defaults that run on one machine."""
 
-import os
 import secrets
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from store.secretfile import read_or_make
 
 MIB = 1024 * 1024
 
@@ -55,6 +56,44 @@ class Settings(BaseSettings):
         description="Keep an engine ready that has loaded the library (half a GB of memory), so that a job starts "
         "at once; false: load it when a job comes.",
     )
+    max_attempts: int = Field(
+        3,
+        gt=0,
+        description="How often a job is started before the loss of its workers or engines is taken for its own doing.",
+    )
+    max_job_seconds: float = Field(
+        7 * 86_400,
+        gt=0,
+        description="Longest time a job may ask for, in seconds since its first start; also that of a job that asks "
+        "for none.",
+    )
+    max_job_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Most main memory a job may ask for, in bytes; also that of a job that asks for none. 0: what is "
+        "free when it starts.",
+    )
+    keep_work_days: float = Field(
+        7,
+        ge=0,
+        description="Days that the training checkpoints of a failed or cancelled job are kept for a retry.",
+    )
+    orphan_grace_seconds: float = Field(
+        86_400,
+        gt=0,
+        description="Age in seconds from which stored bytes that no row names are deleted.",
+    )
+    audit_key_file: str = Field(
+        "",
+        description="PEM file of the ed25519 key that signs heads of the audit log (for the API, the public key is "
+        "enough); default: on one machine audit-key in data_dir, made on first use, else no head is signed.",
+    )
+    audit_head_seconds: float = Field(
+        3600,
+        gt=0,
+        le=86_400,
+        description="Seconds after which new rows of the audit log are signed; without new rows it is signed daily.",
+    )
     max_upload_bytes: int = Field(64 * MIB, gt=0, description="Largest upload, in bytes.")
 
     @model_validator(mode="after")
@@ -92,21 +131,4 @@ class Settings(BaseSettings):
         """The HMAC secret: SEUF_SECRET, or data_dir/secret, made with mode 0600 on first use."""
         if given := self.secret.get_secret_value():
             return given.encode()
-        return _secret_file(self.data_dir / "secret")
-
-
-def _secret_file(path: Path) -> bytes:
-    """Read the secret at `path`; make it first if it is not there. Safe when two processes start at once."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-        try:
-            os.link(draft, path)  # fails if the other process was first: then its secret is the secret
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink()
-    return path.read_bytes()
+        return read_or_make(self.data_dir / "secret", lambda: secrets.token_urlsafe(32).encode())

@@ -59,6 +59,7 @@ def downgrade() -> None:
     ):
         op.drop_table(table)
     with op.batch_alter_table("audit") as audit:
+        audit.drop_index(op.f("ix_audit_tenant_object_seq"))
         audit.drop_constraint(op.f("uq_audit_tenant_seq"), type_="unique")
         for name in ("seq", "request_id", "previous_hash", "hash"):
             audit.drop_column(name)
@@ -141,6 +142,7 @@ def _chain_audit() -> None:
         audit.alter_column("previous_hash", existing_type=DIGEST, nullable=False)
         audit.alter_column("hash", existing_type=DIGEST, nullable=False)
         audit.create_unique_constraint(op.f("uq_audit_tenant_seq"), ["tenant", "seq"])
+        audit.create_index(op.f("ix_audit_tenant_object_seq"), ["tenant", "object", "seq"])
 
 
 def _hash_rows() -> None:
@@ -172,7 +174,7 @@ def _hash(row: dict[str, Any]) -> str:
     fields = ("tenant", "seq", "who", "what", "object", "request_id", "previous_hash")
     at = row["at"].replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
     text = json.dumps(
-        {"at": at, **{name: row[name] for name in fields}}, sort_keys=True, separators=(",", ":")
+        {"at": at, **{name: row[name] for name in fields}}, sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -227,8 +229,8 @@ def _webhooks() -> None:
         "webhook_messages",
         sa.Column("id", ID, nullable=False),
         sa.Column("tenant", TENANT, nullable=False),
-        sa.Column("job_id", ID, nullable=False),
-        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("job_id", ID, nullable=True),
+        sa.Column("seq", sa.Integer(), nullable=True),
         sa.Column("type", sa.String(length=64), nullable=False),
         sa.Column("data", JSON, nullable=False),
         sa.Column("created_at", TIME, nullable=False),
@@ -260,7 +262,7 @@ def _deliveries() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_deliveries")),
         sa.UniqueConstraint("webhook_id", "message_id", name=op.f("uq_webhook_deliveries_webhook_id_message_id")),
     )
-    for columns in (["status", "next_attempt_at"], ["tenant", "created_at", "id"]):
+    for columns in (["status", "next_attempt_at"], ["webhook_id", "created_at", "id"]):
         op.create_index(op.f(f"ix_webhook_deliveries_{'_'.join(columns)}"), "webhook_deliveries", columns)
     op.create_table(
         "webhook_attempts",

@@ -43,7 +43,7 @@ class AuditRow(Tenanted):
     """
 
     __tablename__ = "audit"
-    __table_args__ = (UniqueConstraint("tenant", "seq"),)
+    __table_args__ = (UniqueConstraint("tenant", "seq"), Index(None, "tenant", "object", "seq"))
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     seq: Mapped[int] = mapped_column(BigInteger)
     who: Mapped[str] = mapped_column(String(64))

@@ -28,12 +28,15 @@ class Webhook(Listed):
 
 
 class WebhookMessage(Listed):
-    """What there is to tell: event `seq` of a job, written in the transaction of the event itself."""
+    """What there is to tell: event `seq` of a job, written in the transaction of the event itself.
+
+    A test that somebody asked for has no job.
+    """
 
     __tablename__ = "webhook_messages"
     __table_args__ = (UniqueConstraint("job_id", "seq"),)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
-    seq: Mapped[int]
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    seq: Mapped[int | None]
     type: Mapped[str] = mapped_column(String(64))
     data: Mapped[dict[str, Any]]
 
@@ -45,7 +48,7 @@ class WebhookDelivery(Listed):
     __table_args__ = (
         UniqueConstraint("webhook_id", "message_id"),
         Index(None, "status", "next_attempt_at"),
-        Index(None, "tenant", "created_at", "id"),
+        Index(None, "webhook_id", "created_at", "id"),
     )
     webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id"))
     message_id: Mapped[str] = mapped_column(ForeignKey("webhook_messages.id"))
