@@ -9,7 +9,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request, Response
 
 from api import schemas
-from api.context import Service, TheCaller, TheService
+from api.context import Service, TheCaller, TheService, needs
 from api.docs import problems
 from api.problems import Problem
 from api.ranges import ServedFile, serve
@@ -27,7 +27,7 @@ _BYTES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-@router.get("/{checkpoint_id}", responses=problems(404))
+@router.get("/{checkpoint_id}", dependencies=[needs("checkpoints:read")], responses=problems(404))
 def get_checkpoint(checkpoint_id: str, service: TheService, caller: TheCaller) -> schemas.Checkpoint:
     """A checkpoint's manifest: its files with sizes and digests, its base model, and what changed."""
     row = _find(service, caller.tenant, checkpoint_id)
@@ -49,9 +49,14 @@ def get_checkpoint(checkpoint_id: str, service: TheService, caller: TheCaller) -
     )
 
 
-@router.head("/{checkpoint_id}/files/{name:path}", include_in_schema=False)
+@router.head(
+    "/{checkpoint_id}/files/{name:path}", dependencies=[needs("checkpoints:read")], include_in_schema=False
+)
 @router.get(
-    "/{checkpoint_id}/files/{name:path}", response_class=Response, responses={**_BYTES, **problems(404, 416)}
+    "/{checkpoint_id}/files/{name:path}",
+    dependencies=[needs("checkpoints:read")],
+    response_class=Response,
+    responses={**_BYTES, **problems(404, 416)},
 )
 def get_checkpoint_file(
     checkpoint_id: str, name: str, request: Request, service: TheService, caller: TheCaller
@@ -61,8 +66,13 @@ def get_checkpoint_file(
     return serve(request, _named(service, row, name))
 
 
-@router.head("/{checkpoint_id}/delta", include_in_schema=False)
-@router.get("/{checkpoint_id}/delta", response_class=Response, responses={**_BYTES, **problems(404, 416)})
+@router.head("/{checkpoint_id}/delta", dependencies=[needs("checkpoints:read")], include_in_schema=False)
+@router.get(
+    "/{checkpoint_id}/delta",
+    dependencies=[needs("checkpoints:read")],
+    response_class=Response,
+    responses={**_BYTES, **problems(404, 416)},
+)
 def get_delta(checkpoint_id: str, request: Request, service: TheService, caller: TheCaller) -> Response:
     """Only the tensors that changed (safetensors): megabytes where the checkpoint has gigabytes."""
     row = _find(service, caller.tenant, checkpoint_id)

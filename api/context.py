@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request, Security
-from fastapi.security import HTTPBearer
+from fastapi.security import HTTPBearer, SecurityScopes
 from sqlalchemy.orm import Session
 
+from api.problems import Problem
 from api.settings import ApiSettings
+from store import scopes
 from store.artefacts import Artefacts
 from store.audit import Audit
 from store.database import Database
@@ -31,7 +33,7 @@ class Caller:
     Attributes:
         key_id: for the audit log.
         tenant: every query is bound to it.
-        scopes: what the key may do (store.keys).
+        scopes: what the key may do (store.scopes).
         request_id: goes with everything that the request leaves behind.
     """
 
@@ -46,15 +48,43 @@ def audit(session: Session, caller: Caller, what: str, object_id: str) -> None:
     Audit(session, caller.tenant).record(caller.key_id, what, object_id, caller.request_id)
 
 
-def _service(request: Request) -> Service:
-    return cast("Service", request.app.state.service)
+def needs(scope: str) -> Any:
+    """The one scope of a route, named beside its path: `dependencies=[needs("jobs:read")]`.
+
+    OpenAPI shows it, and a key without it gets 403 before anything of the route runs.
+    """
+    assert scope in scopes.SCOPES, scope
+    return Security(_check, scopes=[scope])
 
 
-# The check itself is KeyMiddleware's, before anything reads the body; this tells OpenAPI of it.
+# The key itself was checked by KeyMiddleware, before anything reads the body; this tells OpenAPI of it.
 _bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer seuf_...`")
 
 
-def _caller(request: Request, _shown: Annotated[object, Security(_bearer)]) -> Caller:
+# Coroutines, though none of them waits: FastAPI would send a plain function to a thread, on every request.
+async def _check(
+    request: Request, wanted: SecurityScopes, _shown: Annotated[object, Security(_bearer)]
+) -> None:
+    held = request.state.caller.scopes
+    for scope in wanted.scopes:
+        if not scopes.allows(held, scope):
+            has = ", ".join(name for name in scopes.SCOPES if name in held)
+            raise Problem(
+                403,
+                "missing_scope",
+                f"This needs a key with the scope {scope}; the key in use has {has}.",
+                f"Use a key that has it; `seuf keys create --scope {scope}` makes one.",
+                headers={
+                    "WWW-Authenticate": f'Bearer realm="seuf", error="insufficient_scope", scope="{scope}"'
+                },
+            )
+
+
+async def _service(request: Request) -> Service:
+    return cast("Service", request.app.state.service)
+
+
+async def _caller(request: Request) -> Caller:
     return cast("Caller", request.state.caller)
 
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from api import schemas
-from api.context import Service, TheCaller, TheService
+from api.context import Service, TheCaller, TheService, needs
 from api.docs import problems
 from api.jobs import SETS, check_retain, checked_inline, known_model, uploaded
 from api.problems import at, from_seuf_error
@@ -80,7 +80,7 @@ class Estimate(BaseModel):
     notes: list[str]
 
 
-@router.post("/estimate", responses=problems(400, 413, 422))
+@router.post("/estimate", dependencies=[needs("jobs:write")], responses=problems(400, 413, 422))
 def estimate_job(body: schemas.JobCreate, service: TheService, caller: TheCaller) -> Estimate:
     """What this job would read, hold in memory, compute, write and take. Creates nothing.
 

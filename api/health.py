@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from api.context import Service, TheCaller, TheService
+from api.context import Service, TheCaller, TheService, needs
 from api.docs import problems
 from api.jobs import INLINE_BYTES
 from seuf_core import method
@@ -95,7 +95,7 @@ def _broker(service: Service) -> str:
     return "answers"
 
 
-@router.get("/capabilities", responses=problems())
+@router.get("/capabilities", dependencies=[needs("jobs:read")], responses=problems())
 def capabilities(service: TheService, _caller: TheCaller) -> dict[str, Any]:
     """What this service can do: architectures, the choices of a method with their presets, and its limits."""
     limits = Limits(max_bytes=service.settings.max_upload_bytes)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy.exc import IntegrityError
 
 from api import schemas, views
-from api.context import TheCaller, TheService, audit
+from api.context import TheCaller, TheService, audit, needs
 from api.docs import problems
 from api.problems import at, from_seuf_error
 from seuf_core.checkpoint.inspect import inspect_model
@@ -20,7 +20,7 @@ from store.models import Models
 router = APIRouter(prefix="/models", tags=["models"])
 
 
-@router.post("", status_code=201, responses=problems(400, 409, 422))
+@router.post("", dependencies=[needs("models:write")], status_code=201, responses=problems(400, 409, 422))
 def register_model(
     body: schemas.ModelCreate, response: Response, service: TheService, caller: TheCaller
 ) -> schemas.Model:
@@ -65,7 +65,7 @@ def _allowed(given: str, roots: tuple[Path, ...]) -> Path:
     return path
 
 
-@router.get("", responses=problems(422))
+@router.get("", dependencies=[needs("models:read")], responses=problems(422))
 def list_models(
     service: TheService, caller: TheCaller, query: Annotated[schemas.ListQuery, Query()]
 ) -> schemas.Page[schemas.Model]:
@@ -75,7 +75,7 @@ def list_models(
     return views.page(page, views.model)
 
 
-@router.get("/{id_or_name}", responses=problems(404))
+@router.get("/{id_or_name}", dependencies=[needs("models:read")], responses=problems(404))
 def get_model(id_or_name: str, service: TheService, caller: TheCaller) -> schemas.Model:
     """One model, by id or name."""
     with service.database.read() as session:

@@ -62,3 +62,33 @@ class LeaseLost(StoreError):  # noqa: N818  (the name of the contract between st
             f"Lease {token} of {job_id} is no longer current, so nothing was written.",
             "Stop working on this job: another worker may hold it, or it is finished.",
         )
+
+
+class UnknownScopeError(StoreError):
+    """A scope that does not exist, or none at all."""
+
+    code = "unknown_scope"
+
+
+class MissingScopeError(StoreError):
+    """A key was to give, or to take, a scope that it does not have itself."""
+
+    code = "missing_scope"
+
+
+class ExpiryRefusedError(StoreError):
+    """An expiry in the past, or one that outlives the key that asks for it."""
+
+    code = "expiry_refused"
+
+
+class TooManyKeysError(StoreError):
+    """A tenant has as many valid keys as it may have."""
+
+    code = "too_many_keys"
+
+
+class QuotaExceededError(StoreError):
+    """What is asked for would take the tenant over one of its limits."""
+
+    code = "quota_exceeded"
