@@ -12,6 +12,7 @@ from api import checkpoints, estimates, events, files, health, jobs, models, pro
 from api.auth import KeyMiddleware
 from api.context import Service
 from api.docs import openapi_with_problems
+from api.feed import Feed
 from api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from api.settings import ApiSettings
 from seuf_core.version import __version__
@@ -47,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.service = service
+    app.state.feed = Feed(service.database)
     problems.install(app)
     # The last one added is the first to see a request: the id, then the key, then the size.
     app.add_middleware(BodyLimitMiddleware, max_bytes=JSON_BYTES, except_path="/files")

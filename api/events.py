@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Final
+from typing import Annotated, Final, cast
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -13,20 +10,15 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
-from api.context import Caller, Service, TheCaller, TheService
+from api.context import Caller, Service, TheCaller, TheService, needs
 from api.docs import problems
+from api.feed import Feed
 from api.problems import FieldError, Problem
-from store.events import Events
-from store.jobs import Jobs
-from store.tables import Event
-from store.transitions import FINAL
+from store.events import Events, Head
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 EVENT_STREAM: Final = "text/event-stream"
-LOOK_SECONDS: Final = 0.5  # between two looks at the database, per open stream
-SILENCE_SECONDS: Final = 15.0  # a comment goes out after this long without an event, so that proxies stay
-BATCH: Final = 500
 _SEEN_ALL: Final = "The job has ended and every event was sent already."
 
 
@@ -40,6 +32,7 @@ class EventPage(BaseModel):
 
 @router.get(
     "/{job_id}/events",
+    dependencies=[needs("jobs:read")],
     response_model=EventPage,
     responses={
         200: {
@@ -67,10 +60,11 @@ async def list_events(
         page = await run_in_threadpool(_page, service, caller, job_id, query)
         return Response(page.model_dump_json(), media_type="application/json")
     after = _last_event_id(request, query.after)
-    rows, ended = await run_in_threadpool(_look, service, caller, job_id, after)
-    if ended and not rows:
+    head = await run_in_threadpool(_head, service, caller, job_id)
+    if head.ended and after >= head.seq:
         return Response(status_code=204)
-    stream = _stream(service, caller, job_id, after)
+    feed = cast("Feed", request.app.state.feed)
+    stream = feed.messages(caller.tenant, job_id, head, after)
     # no-transform, X-Accel-Buffering: a proxy that collects the stream would make it useless.
     headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream, media_type=EVENT_STREAM, headers=headers)
@@ -78,8 +72,9 @@ async def list_events(
 
 def _page(service: Service, caller: Caller, job_id: str, query: schemas.EventQuery) -> EventPage:
     with service.database.read() as session:
-        Jobs(session, caller.tenant).get(job_id)
-        rows = list(Events(session, caller.tenant).list(job_id, query.after, query.limit + 1))
+        events = Events(session, caller.tenant)
+        events.head(job_id)  # or 404
+        rows = list(events.list(job_id, query.after, query.limit + 1))
     data = [views.event(row) for row in rows[: query.limit]]
     more = len(rows) > query.limit
     return EventPage(data=data, has_more=more, next=data[-1].seq if more else None)
@@ -98,39 +93,6 @@ def _last_event_id(request: Request, after: int) -> int:
     return int(given)
 
 
-def _look(service: Service, caller: Caller, job_id: str, after: int) -> tuple[list[Event], bool]:
-    """The next events, and whether the job has ended and these are its last.
-
-    The state is read before the events: a job that ends in between is then seen at the next look, instead of
-    ending the stream without its last event.
-    """
+def _head(service: Service, caller: Caller, job_id: str) -> Head:
     with service.database.read() as session:
-        ended = Jobs(session, caller.tenant).get(job_id).status in FINAL
-    with service.database.read() as session:
-        rows = list(Events(session, caller.tenant).list(job_id, after, BATCH))
-    return rows, ended and len(rows) < BATCH
-
-
-async def _stream(service: Service, caller: Caller, job_id: str, after: int) -> AsyncIterator[bytes]:
-    loop = asyncio.get_running_loop()
-    spoke = loop.time()
-    while True:
-        rows, ended = await run_in_threadpool(_look, service, caller, job_id, after)
-        for row in rows:
-            yield _message(row)
-            after = row.seq
-        if ended:
-            return
-        now = loop.time()
-        if rows:
-            spoke = now
-        elif now - spoke >= SILENCE_SECONDS:
-            yield b": still here\n\n"
-            spoke = now
-        await asyncio.sleep(LOOK_SECONDS)
-
-
-def _message(row: Event) -> bytes:
-    event: dict[str, Any] = views.event(row).model_dump(mode="json")
-    # ASCII only: no character in it can be taken for the end of a line, whatever a client splits at.
-    return f"id: {row.seq}\nevent: {row.type}\ndata: {json.dumps(event)}\n\n".encode()
+        return Events(session, caller.tenant).head(job_id)

@@ -3,15 +3,24 @@ transaction.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from store.errors import NotFoundError
 from store.plain import plain
 from store.repository import Repository
 from store.tables import Event, Job
-from store.transitions import Status
+from store.transitions import FINAL, Status
+
+
+class Head(NamedTuple):
+    """How far a job has come: the number of its newest event, and whether that is its last."""
+
+    job_id: str
+    seq: int
+    ended: bool
 
 
 class Events(Repository):
@@ -24,6 +33,21 @@ class Events(Repository):
         """
         query = self._select(Event).where(Event.job_id == job_id, Event.seq > after)
         return self.session.scalars(query.order_by(Event.seq).limit(limit)).all()
+
+    def head(self, job_id: str) -> Head:
+        """How far the job has come, or NotFoundError."""
+        for head in self.heads([job_id]):
+            return head
+        raise NotFoundError("job", job_id)
+
+    def heads(self, job_ids: Sequence[str]) -> Sequence[Head]:
+        """How far each of these jobs has come, in one query; nothing for one that is not there.
+
+        The number is written in the transaction of its event, so every event up to it can be read after this.
+        """
+        query = select(Job.id, Job.event_seq, Job.status).where(Job.tenant == self.tenant)
+        rows = self.session.execute(query.where(Job.id.in_(job_ids)))
+        return [Head(job_id, seq, status in FINAL) for job_id, seq, status in rows]
 
     def newest_of_finished(self, type_: str, model_id: str | None = None) -> Event | None:
         """The newest event of this type of a job that succeeded; of a job on this model, if one is given."""
