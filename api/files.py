@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
-from api.context import Caller, Service, TheCaller, TheService, audit, needs
+from api.context import Caller, Service, TheCaller, TheService, audit
 from api.docs import problems, upload_body
 from api.upload import Intake, receive, refusal
 from seuf_core.data.reader import FileSummary
@@ -31,7 +31,6 @@ class FileQuery(schemas.ListQuery):
 
 @router.post(
     "",
-    dependencies=[needs("files:write")],
     status_code=201,
     openapi_extra=upload_body(),
     responses=problems(400, 413, 415, 422, invalid_examples=True),
@@ -92,7 +91,7 @@ def record(session: Session, caller: Caller, file_id: str, summary: FileSummary,
     return row
 
 
-@router.get("", dependencies=[needs("files:read")], responses=problems(422))
+@router.get("", responses=problems(422))
 def list_files(
     service: TheService, caller: TheCaller, query: Annotated[FileQuery, Query()]
 ) -> schemas.Page[schemas.File]:
@@ -102,16 +101,14 @@ def list_files(
     return views.page(page, views.file)
 
 
-@router.get("/{file_id}", dependencies=[needs("files:read")], responses=problems(404))
+@router.get("/{file_id}", responses=problems(404))
 def get_file(file_id: str, service: TheService, caller: TheCaller) -> schemas.File:
     """One file."""
     with service.database.read() as session:
         return views.file(Files(session, caller.tenant).get(file_id))
 
 
-@router.delete(
-    "/{file_id}", dependencies=[needs("files:write")], status_code=204, responses=problems(404, 409)
-)
+@router.delete("/{file_id}", status_code=204, responses=problems(404, 409))
 def delete_file(file_id: str, service: TheService, caller: TheCaller) -> None:
     """Delete a file and its bytes. Ended jobs keep its digest; one that still needs it blocks this (409)."""
     with service.database.write() as session:

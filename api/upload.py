@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect
 
 from api.problems import FieldError, Problem, at
 from api.schemas import Purpose
-from seuf_core.data.records import READ_BYTES, FileSummary, Limits, RecordReader
+from seuf_core.data.reader import READ_BYTES, FileSummary, RecordReader
+from seuf_core.data.records import Limits
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks  # exists for type checkers only

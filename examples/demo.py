@@ -207,7 +207,7 @@ def seconds_of(job: Job) -> float:
 def test_part(probes: Path, method: dict[str, Any]) -> list[Any]:
     """The probes of the test part, as the job split them."""
     from seuf_core.data.parts import split_records
-    from seuf_core.data.records import read_probes
+    from seuf_core.data.reader import read_probes
 
     shares = tuple(method["splits"][part] for part in ("train", "selection", "test"))
     return split_records(read_probes(probes), method["seed"], shares).test  # type: ignore[arg-type]

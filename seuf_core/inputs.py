@@ -11,7 +11,8 @@ from typing import Literal
 from seuf_core.checkpoint.inspect import ModelFacts, inspect_model
 from seuf_core.checkpoint.manifest import sha256_file
 from seuf_core.data.parts import Parts, sample, split_records
-from seuf_core.data.records import Example, Probe, probe_of, read_examples, read_probes
+from seuf_core.data.reader import read_examples, read_probes
+from seuf_core.data.records import Example, Probe, probe_of
 from seuf_core.errors import DataError
 from seuf_core.families import require_experts
 from seuf_core.method import Method

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, Never
 
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -15,12 +16,49 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class LineProblem(Exception):  # noqa: N818 -- not an error of the program: the reader collects it
-    """A broken rule of one line: a stable code, and a message without any of the line's text."""
+    """A broken rule of one line: a stable code, a message without any of the line's text, the field if it is one."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.field = field
+
+
+class Lines:
+    """Cuts bytes that come in pieces into lines, and never holds more than `max_bytes` of one."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.held = bytearray()
+        self._max_bytes = max_bytes
+        self._overlong = False
+
+    def feed(self, piece: bytes) -> Iterator[bytes | None]:
+        """Every line that ends in `piece`, without its newline; None for one that is too long."""
+        start = 0
+        while (end := piece.find(b"\n", start)) >= 0:
+            self._collect(piece[start:end])
+            yield self._taken()
+            start = end + 1
+        self._collect(piece[start:])
+
+    def rest(self) -> Iterator[bytes | None]:
+        """The last line, if it has no newline."""
+        if self.held or self._overlong:
+            yield self._taken()
+
+    def _collect(self, part: bytes) -> None:
+        if self._overlong or len(self.held) + len(part) > self._max_bytes:
+            self._overlong = True
+            self.held.clear()
+        else:
+            self.held += part
+
+    def _taken(self) -> bytes | None:
+        line = None if self._overlong else bytes(self.held)
+        self.held.clear()
+        self._overlong = False
+        return line
 
 
 def parse_line(line: bytes, *, first: bool, max_depth: int) -> dict[str, Any]:
@@ -45,16 +83,21 @@ def parse_line(line: bytes, *, first: bool, max_depth: int) -> dict[str, Any]:
         raise LineProblem(
             "not_utf8", f"Byte {error.start + 1} of the line is not UTF-8: save the file as UTF-8."
         ) from None
+    value = parse_value(text, max_depth)
+    if not isinstance(value, dict):
+        raise LineProblem("not_an_object", 'The line is not a JSON object: write {"field": "value", ...}.')
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def parse_value(text: str, max_depth: int) -> Any:
+    """One JSON value, read as strictly. `text` is strict UTF-8's: it holds no half of a surrogate pair itself."""
     # Before json.loads: its parser recurses, and how deep it can go depends on who called us.
     if _depth(text) > max_depth:
         raise LineProblem("too_deep", f"Objects and arrays nest deeper than {max_depth}.")
     value = _loads(text)
-    if not isinstance(value, dict):
-        raise LineProblem("not_an_object", 'The line is not a JSON object: write {"field": "value", ...}.')
-    # Half a surrogate pair can only come from an escape: strict UTF-8 has none.
     if "\\u" in text:
         _refuse_half_characters(value)
-    return {key: item for key, item in value.items() if item is not None}
+    return value
 
 
 def _depth(text: str) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from seuf_core.data.records import read_probes
+from seuf_core.data.reader import read_probes
 from seuf_core.evaluate.probes import encode_probes, score_probes, summarise
 from seuf_core.moe.forward import TOKENS_PER_LOOK, Forward
 from seuf_core.moe.routing import capture_routing

@@ -11,7 +11,7 @@ from api.auth import PUBLIC
 from api.settings import ApiSettings
 from tests.serving import on_sqlite
 
-HEAVY = ("torch", "transformers", "safetensors", "celery", "numpy")
+HEAVY = ("torch", "transformers", "safetensors", "celery", "numpy", "pyarrow")
 
 
 def test_importing_the_api_loads_nothing_heavy(tmp_path):

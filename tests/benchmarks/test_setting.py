@@ -10,7 +10,7 @@ import pytest
 from benchmarks.setting import Labels, encoded, texts, training_data, write_texts
 from benchmarks.shapes import tokenizer
 from seuf_core.data.batches import encode_examples
-from seuf_core.data.records import read_examples
+from seuf_core.data.reader import read_examples
 
 VOCABULARY, NUMBER, LENGTH = 64, 5, 12
 

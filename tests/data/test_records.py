@@ -8,17 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seuf_core.data.reader import ERRORS_KEPT, FileSummary, RecordReader, read_examples, read_probes
 from seuf_core.data.records import (
-    ERRORS_KEPT,
     Example,
-    FileSummary,
     Limits,
     Probe,
     Purpose,
     Record,
-    RecordReader,
-    read_examples,
-    read_probes,
     split_of,
 )
 from seuf_core.errors import DataError
@@ -192,7 +188,7 @@ def test_an_overlong_line_is_refused_without_being_held():
     reader.feed(b'{"completion": "')
     for _ in range(1000):
         reader.feed(b"x" * 50)
-        assert len(reader._pending) <= limits.max_line_bytes
+        assert len(reader.lines.held) <= limits.max_line_bytes
     reader.feed(b'"}\n{"completion": "short"}')
     summary = reader.finish()
     assert [(e.line, e.code) for e in summary.errors] == [(1, "line_too_long")]

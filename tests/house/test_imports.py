@@ -21,6 +21,8 @@ EDGE = {
     "seuf_core.misfits",
     "seuf_core.families",
     "seuf_core.attribution.heatmap",
+    "seuf_core.data.formats",
+    "seuf_core.data.reader",
     "seuf_core.data.records",
     "seuf_core.checkpoint.index",
     "seuf_core.checkpoint.inspect",
@@ -35,7 +37,7 @@ REFUSE = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "transformers", "tokenizers", "safetensors", "peft"}:
+        if name.split(".")[0] in {"torch", "transformers", "tokenizers", "safetensors", "peft", "pyarrow"}:
             sys.exit(f"imports {name}")
 sys.meta_path.insert(0, Refuse())
 """

@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seuf_core.checkpoint.inspect import inspect_model
-from seuf_core.data.records import read_examples, read_probes
+from seuf_core.data.reader import read_examples, read_probes
 from seuf_core.reference import Reference, build
 from seuf_core.reference.architecture import Architecture, Specialisation
 from seuf_core.reference.builder import cache_folder

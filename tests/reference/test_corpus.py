@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from seuf_core.data.records import read_examples, read_probes
+from seuf_core.data.reader import read_examples, read_probes
 from seuf_core.reference.builder import _write_lines
 from seuf_core.reference.corpus import HELD_OUT, probes, split_templates, training_examples
 from seuf_core.reference.facts import TEMPLATES, load_facts
