@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 import httpx
 
 from client import sse
+from client.audit import AuditLog
 from client.download import Progress, download
 from client.errors import ApiError, UnreachableError
 from client.types import (
@@ -28,6 +29,7 @@ from client.types import (
     Purpose,
     Submit,
 )
+from client.webhooks import Webhooks
 
 RETRIES = 4  # of a GET whose connection broke: after .2, .4, .8 and 1.6 seconds
 # The service sends a comment at least every 15 s; a stream silent for longer than this is dead.
@@ -54,6 +56,8 @@ class Client:
         headers = {"Authorization": f"Bearer {api_key}", "User-Agent": "seuf-client"}
         self._timeout = timeout
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout)
+        self.audit = AuditLog(self._get, self._lines)
+        self.webhooks = Webhooks(self._get, self._change)
 
     def __enter__(self) -> Self:
         return self
@@ -215,6 +219,17 @@ class Client:
         given = {name: value for name, value in query.items() if value is not None}
         response = self._repeat(self._http.build_request("GET", path, params=given))
         return _checked(response).json()
+
+    def _change(self, method: str, path: str, body: Any) -> Any:
+        answer = self._send(self._http.build_request(method, path, json=body))
+        return answer.json() if answer.content else None
+
+    def _lines(self, path: str) -> Iterator[bytes]:
+        with self._open(path, {}) as response:
+            if response.is_error:
+                response.read()
+                raise ApiError.from_response(response)
+            yield from (line.encode() for line in response.iter_lines())
 
     def _repeat(self, request: httpx.Request) -> httpx.Response:
         """Send a request that is safe to repeat, over broken connections."""

@@ -218,3 +218,78 @@ class Estimate(TypedDict):
     tokens_counted: Literal["tokenizer", "bytes"]
     calibration: dict[str, Any] | None
     notes: list[str]
+
+
+class AuditRow(TypedDict):
+    """One act in the audit log; `hash` covers the other fields, with the hash of the row before."""
+
+    tenant: str
+    seq: int
+    who: str
+    what: str
+    object: str
+    request_id: str | None
+    at: str
+    previous_hash: str
+    hash: str
+
+
+class AuditHead(TypedDict):
+    """Signed: row `seq` was the last one. `key_id` is the public key in hexadecimal, `signature` is base64."""
+
+    tenant: str
+    seq: int
+    hash: str
+    at: str
+    key_id: str
+    signature: str
+
+
+class AuditKey(TypedDict):
+    """The public key of the signed heads."""
+
+    key_id: str
+    algorithm: Literal["ed25519"]
+    pem: str
+
+
+class Webhook(TypedDict):
+    """An address that is told of events; `secret` only where it was just made."""
+
+    id: str
+    object: Literal["webhook"]
+    url: str
+    description: str
+    events: list[str]
+    disabled: bool
+    disabled_at: str | None
+    failing_since: str | None
+    previous_secret_until: str | None
+    created_at: str
+    secret: NotRequired[str]
+
+
+class WebhookAttempt(TypedDict):
+    """One try to deliver: the status of the answer, or why there was none."""
+
+    number: int
+    at: str
+    milliseconds: int
+    status_code: int | None
+    error: str | None
+
+
+class WebhookDelivery(TypedDict):
+    """A message on its way to a webhook; `message` is what the receiver sees as webhook-id."""
+
+    id: str
+    object: Literal["webhook_delivery"]
+    message: str
+    type: str
+    job: str | None
+    status: Literal["pending", "delivered", "failed"]
+    attempts: int
+    next_attempt_at: str | None
+    delivered_at: str | None
+    created_at: str
+    log: list[WebhookAttempt]

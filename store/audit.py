@@ -31,7 +31,7 @@ class Audit(Repository):
 
         Never any text of a set. Until the caller's transaction ends, others who record for this tenant wait.
         """
-        held = _held(self.session, self.tenant)
+        held = hold(self.session, self.tenant)
         row = AuditRow(
             seq=held.seq + 1,
             who=who,
@@ -87,9 +87,16 @@ class Audit(Repository):
 
     def end(self) -> tuple[int, AuditHead | None]:
         """The number of the last row, and the newest head: what an export that starts now has to reach."""
-        newest = self._select(AuditHead).order_by(AuditHead.seq.desc()).limit(1)
-        last = self.session.scalar(select(AuditChain.seq).where(AuditChain.tenant == self.tenant))
-        return last or 0, self.session.scalars(newest).one_or_none()
+        # One statement, so that both are of one moment.
+        query = (
+            select(AuditChain.seq, AuditHead)
+            .outerjoin(AuditHead, AuditHead.tenant == AuditChain.tenant)
+            .where(AuditChain.tenant == self.tenant)
+            .order_by(AuditHead.seq.desc())
+            .limit(1)
+        )
+        row = self.session.execute(query).one_or_none()
+        return (row[0], row[1]) if row is not None else (0, None)
 
     def _numbered(
         self, query: Select[Numbered], table: type[Numbered], cursor: str | None, limit: int
@@ -160,13 +167,13 @@ def _seq_of(cursor: str) -> int:
     return int(cursor)
 
 
-def _held(session: Session, tenant: str) -> AuditChain:
+def hold(session: Session, tenant: str) -> AuditChain:
     """The tenant's chain, made if it is not there, its row held until the transaction ends."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     begin = dialect.insert(AuditChain).values(tenant=tenant, seq=0, hash=START)
     session.execute(begin.on_conflict_do_nothing())
-    hold = update(AuditChain).where(AuditChain.tenant == tenant).values(seq=AuditChain.seq)
+    turn = update(AuditChain).where(AuditChain.tenant == tenant).values(seq=AuditChain.seq)
     return session.scalars(
-        hold.returning(AuditChain),
+        turn.returning(AuditChain),
         execution_options={"populate_existing": True, "synchronize_session": False},
     ).one()

@@ -18,6 +18,7 @@ from store import duties, leases
 from store.database import Database
 from store.ids import random_base32
 from store.settings import Settings
+from worker.audit import sign_heads
 from worker.life import worker_id
 
 log = logging.getLogger(__name__)
@@ -41,15 +42,18 @@ class Duty:
     act: Callable[[Database, Settings], None]
 
 
-def release_expired(database: Database, _settings: Settings) -> None:
+def release_expired(database: Database, settings: Settings) -> None:
     """Jobs of silent workers go back to the queue, or end."""
     with database.write() as session:
-        released = [(job.id, job.status) for job in leases.release_expired(session)]
+        released = [(job.id, job.status) for job in leases.release_expired(session, settings.max_attempts)]
     for job_id, status in released:
         log.warning("%s: its lease expired; now %s", job_id, status)
 
 
-DUTIES: tuple[Duty, ...] = (Duty("release_expired", 2, release_expired),)
+DUTIES: tuple[Duty, ...] = (
+    Duty("release_expired", 2, release_expired),
+    Duty("sign_audit", 10, sign_heads),
+)
 
 
 @dataclass
