@@ -68,6 +68,9 @@ benchmark-speed: setup ## Measure speed and memory at true scale (docs/results/p
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m benchmarks.speed $(ARGS)
 	$(BIN)/python scripts/results_table.py
 
+chaos: setup services ## 100 jobs under 160 kills: nothing lost, nothing doubled (docs/results/chaos.md; ARGS="--jobs 20 --seed 3")
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(ARGS)
+
 docs: setup ## Write what is made from the code and the figures: pages of method, families and speed, the README's tables
 	$(BIN)/python scripts/method_reference.py
 	$(BIN)/python scripts/families_table.py
@@ -83,4 +86,4 @@ hooks: setup ## Run the checks of .pre-commit-config.yaml before every commit
 clean: ## Remove .venv, caches and build/
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help setup services test test-all demo serve lint format types contract check families benchmark-defaults benchmark-speed docs lock hooks clean
+.PHONY: help setup services test test-all demo serve lint format types contract check families benchmark-defaults benchmark-speed chaos docs lock hooks clean
