@@ -1,4 +1,4 @@
-"""Every format of a set, read as the same records; what contradicts its name, and what each format refuses."""
+"""Every format of a set, read as the same records; what contradicts its name, and what each kind refuses."""
 
 import csv
 import io
@@ -18,10 +18,10 @@ from seuf_core.data.records import Limits, Probe
 from seuf_core.errors import DataError
 
 
-def read(content, format, purpose="forget", limits=None, cuts=()):  # noqa: A002
+def read(content, kind, purpose="forget", limits=None, cuts=()):
     """(summary, records, JSON Lines) of a file fed in pieces."""
     records, out = [], io.BytesIO()
-    reader = SetReader(purpose, format, limits, on_record=records.append, out=out)
+    reader = SetReader(purpose, kind, limits, on_record=records.append, out=out)
     try:
         for start, end in itertools.pairwise([0, *sorted(cuts), len(content)]):
             reader.feed(content[start:end])
@@ -37,9 +37,9 @@ def table(**columns):
     return out.getvalue()
 
 
-def error(content, format, purpose="forget", limits=None):  # noqa: A002
+def error(content, kind, purpose="forget", limits=None):
     """(line, code, field) of the one error of a file."""
-    summary, _, _ = read(content, format, purpose, limits)
+    summary, _, _ = read(content, kind, purpose, limits)
     assert summary.error_count == 1, summary.errors
     return summary.errors[0].line, summary.errors[0].code, summary.errors[0].field
 
@@ -53,33 +53,33 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("format", SAME)
-def test_every_format_gives_the_same_records(format):
-    content = SAME[format]
-    summary, records, lines = read(content, format)
+@pytest.mark.parametrize("kind", SAME)
+def test_every_format_gives_the_same_records(kind):
+    content = SAME[kind]
+    summary, records, lines = read(content, kind)
     assert summary.ok, summary.errors
     assert [(r.id, r.prompt, r.completion, r.fact) for r in records] == [
         ("line-1", "Who?", " Ada, she said.\r\n", "f"),
         ("line-2", "", 'the "first"', "g"),
     ]
-    assert (summary.format, summary.sent_bytes, summary.bytes) == (format, len(content), len(lines))
+    assert (summary.format, summary.sent_bytes, summary.bytes) == (kind, len(content), len(lines))
     # What is stored reads as the same set, and is what the digest is of.
     again = []
     stored = RecordReader("forget", on_record=again.append)
     stored.feed(lines)
     assert stored.finish().sha256 == summary.sha256
     assert again == records
-    assert (lines == content) == (format == "jsonl")
+    assert (lines == content) == (kind == "jsonl")
 
 
-@pytest.mark.parametrize("format", ["csv", "parquet"])
-def test_probes_have_typed_columns(format):
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_probes_have_typed_columns(kind):
     choices = ["3", "4, or so"]
     content = {
         "csv": b'prompt,choices,answer,set\n2+2?,"[""3"", ""4, or so""]",1,forget\n',
         "parquet": table(prompt=["2+2?"], choices=[choices], answer=[1], set=["forget"]),
-    }[format]
-    assert read(content, format, "evaluation")[1] == [
+    }[kind]
+    assert read(content, kind, "evaluation")[1] == [
         Probe("line-1", "2+2?", tuple(choices), 1, "line-1", "", "forget")
     ]
 
@@ -171,13 +171,13 @@ def test_whatever_csv_writes_is_read_back_however_it_is_cut(rows, cuts, ends, ma
 
 
 @settings(max_examples=300, deadline=None)
-@given(content=st.binary(max_size=200), format=st.sampled_from(["jsonl", "csv", "text"]))
-def test_any_bytes_give_a_summary_or_a_contradiction(content, format):
-    try:
-        summary, records, _ = read(content, format)
-    except DataError as refused:
-        assert refused.code == "wrong_format"
+@given(content=st.binary(max_size=200), kind=st.sampled_from(["jsonl", "csv", "text"]))
+def test_any_bytes_give_a_summary_or_a_contradiction(content, kind):
+    if contradiction(content, kind) is not None:
+        with pytest.raises(DataError):
+            read(content, kind)
         return
+    summary, records, _ = read(content, kind)
     assert summary.ok == (summary.error_count == 0)
     assert summary.examples == len(records)
 
@@ -233,7 +233,7 @@ def test_a_broken_parquet_file_is_refused(cut):
 
 
 @pytest.mark.parametrize(
-    ("name", "media_type", "format"),
+    ("name", "media_type", "kind"),
     [
         ("a.jsonl", "text/csv", "jsonl"),
         ("a.NDJSON", "", "jsonl"),
@@ -248,8 +248,8 @@ def test_a_broken_parquet_file_is_refused(cut):
         ("", "", "jsonl"),
     ],
 )
-def test_name_then_media_type_say_the_format(name, media_type, format):
-    assert format_of(name, media_type) == format
+def test_name_then_media_type_say_the_format(name, media_type, kind):
+    assert format_of(name, media_type) == kind
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_what_could_be_what_it_is_called_passes(head, said):
     assert contradiction(head, said) is None
 
 
-@pytest.mark.parametrize("format", SAME)
-def test_the_library_reads_every_format_by_its_path(tmp_path, format):
-    path = tmp_path / f"forget.{format}"
-    path.write_bytes(SAME[format])
+@pytest.mark.parametrize("kind", SAME)
+def test_the_library_reads_every_format_by_its_path(tmp_path, kind):
+    path = tmp_path / f"forget.{kind}"
+    path.write_bytes(SAME[kind])
     assert [example.fact for example in read_examples(path)] == ["f", "g"]
 
 
