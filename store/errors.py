@@ -40,6 +40,42 @@ class FileInUseError(StoreError):
     code = "file_in_use"
 
 
+class FileDeletedError(StoreError):
+    """The file was deleted; that it was, and when, is all that is left of it."""
+
+    code = "file_deleted"
+
+
+class UploadCompleteError(StoreError):
+    """A part was sent to an upload that is a file already."""
+
+    code = "upload_complete"
+
+
+class UploadIncompleteError(StoreError):
+    """The parts that are there are not a whole: one is missing, or they are not what was announced."""
+
+    code = "upload_incomplete"
+
+
+class UploadTooLargeError(StoreError):
+    """The parts together are over the largest size of a file, or over what was announced."""
+
+    code = "file_too_large"
+
+
+class UploadChangedError(StoreError):
+    """A part was replaced while the upload was being completed."""
+
+    code = "upload_changed"
+
+
+class TooManyUploadsError(StoreError):
+    """A tenant has as many open uploads as it may have."""
+
+    code = "too_many_uploads"
+
+
 class TransitionRefusedError(StoreError):
     """The job's state does not allow this (see store.transitions.TRANSITIONS)."""
 
@@ -50,6 +86,18 @@ class InvalidCursorError(StoreError):
     """A list cursor that this service did not hand out."""
 
     code = "invalid_cursor"
+
+
+class StorageAway(StoreError):  # noqa: N818  (a state, not a mistake)
+    """The storage of the artefacts does not answer, refuses, or is full."""
+
+    code = "storage_away"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"The storage of files and checkpoints failed ({cause}).",
+            "Try again in a moment; if it stays, look at /readyz and at the log of the service.",
+        )
 
 
 class LeaseLost(StoreError):  # noqa: N818  (the name of the contract between store and worker)
@@ -92,3 +140,33 @@ class QuotaExceededError(StoreError):
     """What is asked for would take the tenant over one of its limits."""
 
     code = "quota_exceeded"
+
+
+class KeyEndedError(StoreError):
+    """A key that is revoked, expired or replaced cannot be rotated."""
+
+    code = "key_ended"
+
+
+class InvalidNameError(StoreError):
+    """A name that a tenant cannot have."""
+
+    code = "invalid_name"
+
+
+class IdempotencyKeyReusedError(StoreError):
+    """An Idempotency-Key that came with another request before."""
+
+    code = "idempotency_key_reused"
+
+
+class InFlightError(StoreError):
+    """The first request of an Idempotency-Key is still at work."""
+
+    code = "request_in_flight"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"A request with the Idempotency-Key {key!r} is still at work.",
+            "Send it again after the seconds in Retry-After.",
+        )
