@@ -201,6 +201,7 @@ def _uploads() -> None:
         sa.Column("tenant", TENANT, nullable=False),
         sa.Column("upload_id", ID, nullable=False),
         sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("name", ID, nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("sha256", DIGEST, nullable=False),
         sa.ForeignKeyConstraint(["upload_id"], ["uploads.id"], name=op.f("fk_upload_parts_upload_id")),

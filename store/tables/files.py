@@ -12,7 +12,8 @@ class File(Listed):
     """A forget, retain or evaluation set; its bytes are the artefact files/<id>.jsonl.
 
     `sha256` and `bytes` are of that artefact, `uploaded_*` of what was sent (another format is turned into JSON Lines).
-    A deleted file stays as a row without name and bytes: that it was deleted, and when, is a fact to show.
+    A deleted file stays as a row without name and bytes: that it was deleted, and when, is a fact to show. An artefact
+    whose row has `deleted_at`, or that has no row, is left over from a crash and may be deleted.
     """
 
     __tablename__ = "files"
@@ -47,10 +48,15 @@ class Upload(Listed):
 
 
 class UploadPart(Tenanted):
-    """A part that is there, numbered from 1; its bytes are the artefact uploads/<id>/<number>."""
+    """A part that is there, numbered from 1; its bytes are the artefact uploads/<id>/<name>.
+
+    The name is another one each time a part is sent: bytes under a name never change, and whoever lost a race deletes
+    its own only.
+    """
 
     __tablename__ = "upload_parts"
     upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(String(32))
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))

@@ -10,11 +10,11 @@ from sqlalchemy import update
 
 from store.audit import Audit
 from store.database import Database
-from store.errors import FileInUseError, NameTakenError, NotFoundError
+from store.errors import FileDeletedError, FileInUseError, NameTakenError, NotFoundError
 from store.files import Files, artefact_key
 from store.models import Models
 from store.outbox import Outbox
-from store.tables import OutboxMessage, now
+from store.tables import File, OutboxMessage, now
 from tests.seeds import add_file, add_job, add_model, add_running, get_job
 
 
@@ -37,10 +37,46 @@ def test_a_file_in_use_stays_and_a_used_one_goes(database: Database) -> None:
     held.succeed()
     with database.write() as session:
         Files(session).delete(file_id)
-    with database.write() as session, pytest.raises(NotFoundError):
+    with database.write() as session, pytest.raises(FileDeletedError, match=file_id):
         Files(session).delete(file_id)
     job = get_job(database, held.job_id)
     assert (job.forget_file, job.forget_sha256) == (file_id, "0" * 64)
+
+
+def test_a_deleted_file_is_a_tombstone(database: Database) -> None:
+    file_id, other = add_file(database), add_file(database)
+    with database.write() as session:
+        Files(session).delete(file_id)
+    with database.read() as session:
+        assert [file.id for file in Files(session).list().data] == [other]
+        for look in (Files(session).get, Files(session).held, Files(session).delete):
+            with pytest.raises(FileDeletedError, match="was deleted at 20"):
+                look(file_id)
+        row = session.get(File, file_id)
+        assert row is not None
+        assert (row.name, row.sha256, row.examples) == ("", "0" * 64, 2)
+        assert row.deleted_at is not None
+    with database.read() as session, pytest.raises(NotFoundError):
+        Files(session, "another").get(file_id)
+
+
+def test_a_file_that_a_job_is_about_to_name_cannot_be_deleted_meanwhile(postgres_url: str) -> None:
+    database = Database(postgres_url)
+    file_id, done = add_file(database), threading.Event()
+
+    def delete() -> None:
+        with database.write() as session:
+            Files(session).delete(file_id)
+        done.set()
+
+    with database.write() as session:
+        Files(session).held(file_id)
+        thread = threading.Thread(target=delete)
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join(10)
+    assert done.is_set()
+    database.dispose()
 
 
 def test_models_by_id_and_by_name(database: Database) -> None:
