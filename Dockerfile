@@ -28,6 +28,7 @@ COPY client client
 COPY migrations migrations
 COPY seuf_core seuf_core
 COPY store store
+COPY telemetry telemetry
 COPY worker worker
 RUN pip wheel --no-deps --wheel-dir /wheel .
 
