@@ -1,6 +1,11 @@
-"""`uvicorn api.main:app`: the API with the settings of the environment (SEUF_...)."""
+"""`uvicorn api.main:app`: the API with the settings of the environment; not without a secret."""
 
 from api.app import create_app
 from api.settings import ApiSettings
+from telemetry import logs, tracing
 
-app = create_app(ApiSettings())
+settings = ApiSettings().require_secret()
+logs.configure(settings.log_format, settings.log_level)
+if settings.tracing:
+    tracing.start("seuf-api")
+app = create_app(settings)

@@ -35,7 +35,7 @@ from store.ids import new_id, random_base32
 from store.keys import Keys
 from tests.services import wait_until
 
-SECRET = b"the secret of the tests"
+SECRET = b"the secret of the tests, long enough for anybody"
 
 
 @contextmanager

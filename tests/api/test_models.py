@@ -104,7 +104,7 @@ def test_only_folders_under_an_allowed_root(tmp_path, tiny_model, sqlite_templat
     path = tmp_path / "seuf.db"
     path.write_bytes(sqlite_template.read_bytes())
     settings = ApiSettings(
-        data_dir=tmp_path, database_url=f"sqlite:///{path}", secret="s", model_roots=str(allowed)
+        data_dir=tmp_path, database_url=f"sqlite:///{path}", secret="k7Gm2xQ9" * 4, model_roots=str(allowed)
     )
     with Database(settings.database_url).write() as session:
         key = Keys(session).create("test", b"s").token

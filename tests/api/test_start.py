@@ -61,7 +61,7 @@ def test_readiness_names_the_part_that_does_not_work(tmp_path, sqlite_template, 
         path.write_bytes(sqlite_template.read_bytes())
     broker = "redis://127.0.0.1:1/0" if broken == "broker" else ""
     settings = ApiSettings(
-        data_dir=tmp_path, database_url=f"sqlite:///{path}", broker_url=broker, secret="s", lane="database"
+        data_dir=tmp_path, database_url=f"sqlite:///{path}", broker_url=broker, secret="k7Gm2xQ9" * 4, lane="database"
     )
     app = create_app(settings)
     if broken == "storage":

@@ -40,7 +40,7 @@ class Host:
             {
                 "POSTGRES_PASSWORD": "postgres-password",
                 "REDIS_PASSWORD": "redis-password",
-                "SEUF_SECRET": "a secret of this test",
+                "SEUF_SECRET": "a secret of this test, long enough for anybody",
                 "SEUF_MODELS": str(folder / "models"),
             }
         )["services"]
