@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request, Security
@@ -35,12 +36,14 @@ class Caller:
         tenant: every query is bound to it.
         scopes: what the key may do (store.scopes).
         request_id: goes with everything that the request leaves behind.
+        expires_at: when the key ends; None: never.
     """
 
     key_id: str
     tenant: str
     scopes: frozenset[str]
     request_id: str
+    expires_at: datetime | None
 
 
 def audit(session: Session, caller: Caller, what: str, object_id: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from sqlalchemy.orm import Session
 
 from api import files, schemas, views
-from api.context import Caller, Service, TheCaller, TheService, audit
+from api.context import Caller, Service, TheCaller, TheService, audit, needs
 from api.docs import problems
 from api.problems import FieldError, Problem, at, from_seuf_error
 from seuf_core.attribution.heatmap import attribution_svg
@@ -35,7 +35,7 @@ POLL_SECONDS: Final = 2  # what Retry-After tells a poller; a step takes about a
 SETS: Final[tuple[Purpose, ...]] = ("forget", "retain", "evaluation")
 
 
-@router.post("", status_code=202, responses=problems(400, 413, 422))
+@router.post("", dependencies=[needs("jobs:write")], status_code=202, responses=problems(400, 413, 422))
 def submit_job(
     body: schemas.JobCreate, response: Response, service: TheService, caller: TheCaller
 ) -> schemas.Job:
@@ -46,20 +46,14 @@ def submit_job(
     """
     check_retain(body)
     inline = checked_inline(body)
-    placed = {purpose: files.place(service, io.BytesIO(content)) for purpose, (_, content) in inline.items()}
-    try:
+    with placed(service) as placing:
+        ids = {purpose: placing.put(io.BytesIO(content)) for purpose, (_, content) in inline.items()}
         with service.database.write() as session:
-            sets = {
-                purpose: SetRef(file_id, inline[purpose][0].sha256) for purpose, file_id in placed.items()
-            }
-            for purpose, file_id in placed.items():
-                files.record(session, caller, file_id, inline[purpose][0], f"inline-{purpose}.jsonl")
+            sets = {purpose: SetRef(file_id, inline[purpose][0].sha256) for purpose, file_id in ids.items()}
+            for purpose, file_id in ids.items():
+                record(service, session, caller, file_id, inline[purpose][0], f"inline-{purpose}.jsonl")
             row = Jobs(session, caller.tenant).create(_spec(body, session, caller, sets))
             audit(session, caller, "job.create", row.id)
-    except BaseException:
-        for file_id in placed.values():
-            service.artefacts.delete(artefact_key(file_id))
-        raise
     response.headers["Location"] = f"/jobs/{row.id}"
     response.headers["Retry-After"] = str(POLL_SECONDS)
     return views.job(row)
@@ -179,7 +173,7 @@ def uploaded(body: schemas.JobCreate, purpose: Purpose, session: Session, tenant
     return SetRef(row.id, row.sha256)
 
 
-@router.get("", responses=problems(422))
+@router.get("", dependencies=[needs("jobs:read")], responses=problems(422))
 def list_jobs(
     service: TheService, caller: TheCaller, query: Annotated[schemas.JobQuery, Query()]
 ) -> schemas.Page[schemas.Job]:
@@ -197,7 +191,10 @@ def list_jobs(
 
 
 @router.get(
-    "/{job_id}", response_model=schemas.Job, responses={304: {"description": "Unchanged."}, **problems(404)}
+    "/{job_id}",
+    dependencies=[needs("jobs:read")],
+    response_model=schemas.Job,
+    responses={304: {"description": "Unchanged."}, **problems(404)},
 )
 def get_job(job_id: str, request: Request, service: TheService, caller: TheCaller) -> Response:
     """One job. To poll: send the ETag back as If-None-Match, and wait Retry-After seconds between looks."""
@@ -219,7 +216,9 @@ def _unless_seen(request: Request, content: bytes, media_type: str, headers: dic
     return Response(content, media_type=media_type, headers=headers)
 
 
-@router.post("/{job_id}/cancel", status_code=202, responses=problems(404, 409))
+@router.post(
+    "/{job_id}/cancel", dependencies=[needs("jobs:write")], status_code=202, responses=problems(404, 409)
+)
 def cancel_job(job_id: str, service: TheService, caller: TheCaller) -> schemas.Job:
     """Cancel a job: a queued one at once, a running one becomes `cancelling` until its worker has stopped it.
 
@@ -231,7 +230,7 @@ def cancel_job(job_id: str, service: TheService, caller: TheCaller) -> schemas.J
     return views.job(row)
 
 
-@router.get("/{job_id}/attribution", responses=problems(404))
+@router.get("/{job_id}/attribution", dependencies=[needs("jobs:read")], responses=problems(404))
 def get_attribution(job_id: str, service: TheService, caller: TheCaller) -> schemas.Attribution:
     """Which expert serves the forget set: the score of each, and the ones the job trains."""
     return _attribution(job_id, service, caller.tenant)
@@ -239,6 +238,7 @@ def get_attribution(job_id: str, service: TheService, caller: TheCaller) -> sche
 
 @router.get(
     "/{job_id}/attribution.svg",
+    dependencies=[needs("jobs:read")],
     response_class=Response,
     responses={
         200: {
@@ -270,7 +270,7 @@ def _attribution(job_id: str, service: Service, tenant: str) -> schemas.Attribut
     return views.attribution(row, selection)
 
 
-@router.get("/{job_id}/metrics", responses=problems(404))
+@router.get("/{job_id}/metrics", dependencies=[needs("jobs:read")], responses=problems(404))
 def get_metrics(job_id: str, service: TheService, caller: TheCaller) -> schemas.Metrics:
     """What was measured so far, before and after; empty until the first measurement."""
     with service.database.read() as session:
