@@ -236,9 +236,7 @@ class _Check:
         if not head.is_signed():
             raise BrokenError("not_signed", head.seq, "the signature of its head is wrong.")
         if self.trusted and head.key_id not in self.trusted:
-            raise BrokenError(
-                "other_key", head.seq, f"its head was signed by another key: {head.key_id}."
-            )
+            raise BrokenError("other_key", head.seq, f"its head was signed by another key: {head.key_id}.")
         rows = self.found.rows
         if head.seq > rows:
             raise BrokenError(

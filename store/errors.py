@@ -170,3 +170,15 @@ class InFlightError(StoreError):
             f"A request with the Idempotency-Key {key!r} is still at work.",
             "Send it again after the seconds in Retry-After.",
         )
+
+
+class TooManyWebhooksError(StoreError):
+    """A tenant has as many webhooks as it may have."""
+
+    code = "too_many_webhooks"
+
+
+class WebhookDisabledError(StoreError):
+    """Nothing is sent to a webhook that is disabled."""
+
+    code = "webhook_disabled"

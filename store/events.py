@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from store import webhooks
+from store.audit import SYSTEM, Audit
 from store.errors import NotFoundError
 from store.plain import plain
 from store.repository import Repository
@@ -58,8 +60,9 @@ class Events(Repository):
         return self.session.scalars(query.order_by(Event.at.desc(), Event.seq.desc()).limit(1)).first()
 
 
-def append(session: Session, job_id: str, type_: str, data: dict[str, Any]) -> int:
-    """Add the next event of a job; returns its seq.
+def append(session: Session, job_id: str, type_: str, data: dict[str, Any], *, asked: bool = False) -> int:
+    """Add the next event of a job; returns its seq. A "status" is told to webhooks, and is an act of the service in
+    the audit log unless a caller `asked` for it: then the caller's own act stands there.
 
     The UPDATE holds the job's row until the transaction ends, so two writers take turns, a rollback gives
     the number back, and no reader sees number n + 1 before number n.
@@ -70,4 +73,9 @@ def append(session: Session, job_id: str, type_: str, data: dict[str, Any]) -> i
     ).one()
     session.add(Event(job_id=job_id, seq=seq, tenant=tenant, type=type_, data=plain(data)))
     session.flush()
+    if type_ == "status":
+        if not asked:
+            what = "job.lost" if "lost" in data else f"job.{data['status']}"
+            Audit(session, tenant).record(SYSTEM, what, job_id)
+        webhooks.tell(session, tenant, job_id, int(seq), data)
     return int(seq)

@@ -35,6 +35,8 @@ class JobSpec:
     evaluation: SetRef | None = None
     metadata: Mapping[str, str] | None = None
     request_id: str | None = None
+    max_seconds: float | None = None
+    max_memory_bytes: int | None = None
 
 
 class Jobs(Repository):
@@ -57,9 +59,11 @@ class Jobs(Repository):
             seed=spec.seed,
             meta=dict(spec.metadata or {}),
             request_id=spec.request_id,
+            max_seconds=spec.max_seconds,
+            max_memory_bytes=spec.max_memory_bytes,
         )
         self._add(job)
-        events.append(self.session, job.id, "status", {"status": Status.QUEUED})
+        events.append(self.session, job.id, "status", {"status": Status.QUEUED}, asked=True)
         Outbox(self.session).add(job.id, self.tenant)
         self.session.refresh(job)
         return job
@@ -106,6 +110,6 @@ class Jobs(Repository):
             job.finished_at = now()
             Outbox(self.session).settle(job.id)
         self.session.flush()
-        events.append(self.session, job.id, "status", {"status": after})
+        events.append(self.session, job.id, "status", {"status": after}, asked=True)
         self.session.refresh(job)
         return job

@@ -93,7 +93,9 @@ class Receivers:
     def target(self, url: str) -> Target:
         """The URL in parts; ReceiverRefusedError says which rule it breaks. Looks nothing up."""
         if not _PRINTABLE.fullmatch(url) or "\\" in url:
-            raise _refuse("it has characters that no URL has", "Write them percent-encoded, a name in punycode.")
+            raise _refuse(
+                "it has characters that no URL has", "Write them percent-encoded, a name in punycode."
+            )
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -102,7 +104,9 @@ class Receivers:
         if parts.scheme not in ("https", "http"):
             raise _refuse("it does not begin with https://", "Write it as https://host/path.")
         if parts.scheme == "http" and not self.http:
-            raise _refuse("it is not encrypted (http)", "Use https, or let the operator set SEUF_WEBHOOK_HTTP.")
+            raise _refuse(
+                "it is not encrypted (http)", "Use https, or let the operator set SEUF_WEBHOOK_HTTP."
+            )
         if "@" in parts.netloc:
             raise _refuse("it carries credentials", "Leave them out: messages are signed.")
         if "#" in url:
@@ -184,7 +188,9 @@ def _host(host: str, netloc: str) -> str:
         try:
             return str(IPv4Address(host))
         except ValueError as error:
-            raise _refuse("its host is a number, but not an IPv4 address", "Write it as four decimal numbers.") from error
+            raise _refuse(
+                "its host is a number, but not an IPv4 address", "Write it as four decimal numbers."
+            ) from error
     if len(host) > 253 or not _NAME.fullmatch(host):
         raise _refuse("its host is not a name", "Write it as https://host/path, a name in punycode.")
     return host
