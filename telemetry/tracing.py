@@ -7,6 +7,7 @@ numbers; never the text of an error, a query or a set.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
+    from opentelemetry.sdk.trace import Span as RecordedSpan
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from opentelemetry.trace import Span
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 TRACEPARENT = "traceparent"
+EXIT_SECONDS = 2.0
+"""What a process that ends waits for its last spans to be taken."""
 _provider: TracerProvider | None = None
 
 
@@ -46,7 +52,10 @@ def start(service: str) -> None:
     named = {"service.version": version("seuf")}
     if not os.environ.get("OTEL_SERVICE_NAME"):
         named["service.name"] = service
-    _provider = TracerProvider(resource=Resource.create(named))
+    _provider = TracerProvider(
+        resource=Resource.create(named), shutdown_on_exit=False
+    )  # it would wait for half a minute
+    atexit.register(finish, EXIT_SECONDS)
     _provider.add_span_processor(_without_query())
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
 
@@ -57,11 +66,17 @@ def _without_query() -> SpanProcessor:
     class WithoutQuery(SpanProcessor):
         """A query may hold what a customer wrote; FastAPI puts it into the span of the request."""
 
-        def on_start(self, span: Span, parent_context: Context | None = None) -> None:  # noqa: ARG002
+        def on_start(self, span: RecordedSpan, parent_context: Context | None = None) -> None:  # noqa: ARG002
             if "url.query" in (span.attributes or {}):
                 span.set_attribute("url.query", "REDACTED")
 
     return WithoutQuery()
+
+
+def _propagator() -> TraceContextTextMapPropagator:
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    return TraceContextTextMapPropagator()
 
 
 def provider() -> TracerProvider | None:
@@ -73,10 +88,8 @@ def current() -> str | None:
     """The span that is open now as a W3C traceparent, for another process to go on from; None when there is none."""
     if _provider is None:
         return None
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
     carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier)
+    _propagator().inject(carrier)
     return carrier.get(TRACEPARENT)
 
 
@@ -92,9 +105,8 @@ def span(
         yield
         return
     from opentelemetry.trace import StatusCode
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    above = TraceContextTextMapPropagator().extract({TRACEPARENT: parent}) if parent else None
+    above = _propagator().extract({TRACEPARENT: parent}) if parent else None
     with _provider.get_tracer("seuf").start_as_current_span(
         name, above, attributes=attributes, record_exception=False, set_status_on_exception=False
     ) as opened:
@@ -104,6 +116,27 @@ def span(
             opened.set_attribute("error.type", type(error).__qualname__)
             opened.set_status(StatusCode.ERROR)
             raise
+
+
+class Spans:
+    """Spans one after the other below `parent`, for what has no block: the next one ends the one before."""
+
+    def __init__(self, parent: str | None) -> None:
+        self._parent = parent
+        self._open: Span | None = None
+
+    def begin(self, name: str) -> None:
+        """The next one."""
+        self.end()
+        if _provider is not None:
+            above = _propagator().extract({TRACEPARENT: self._parent}) if self._parent else None
+            self._open = _provider.get_tracer("seuf").start_span(name, above)
+
+    def end(self) -> None:
+        """No next one, for now."""
+        if self._open is not None:
+            self._open.end()
+            self._open = None
 
 
 def finish(seconds: float) -> None:

@@ -1,9 +1,9 @@
 """`python -m worker`: run jobs, on the lane that the settings name."""
 
 import argparse
-import logging
 
 from store.settings import Settings
+from worker import telling
 from worker.lanes import run_database_lane
 from worker.life import StopFlag
 
@@ -14,12 +14,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
     parser.add_argument("--lane", choices=("database", "celery"), default=settings.lane)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if given.lane == "celery":
         from worker.app import app
 
         app.worker_main(["worker", "--loglevel", "INFO"])
     else:
+        telling.begin(settings, "seuf-worker")
         run_database_lane(settings, StopFlag().wait)
 
 

@@ -12,12 +12,14 @@ from functools import lru_cache
 from typing import Any
 
 from celery import Celery
-from celery.signals import celeryd_init, worker_process_init, worker_shutting_down
+from celery.signals import celeryd_init, setup_logging, worker_process_init, worker_shutting_down
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 
 from store.database import Database
 from store.settings import Settings
+from telemetry import logs
+from worker import telling
 from worker.life import worker_id
 from worker.supervisor import Supervisor
 
@@ -63,6 +65,13 @@ app = celery_app(Settings().broker_url)
 
 # Made before the pool forks: the main process gets SIGTERM, the child runs the job.
 _stopping = multiprocessing.Event()
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def _log(**_: Any) -> None:
+    """Keeps Celery from setting up its own."""
+    settings = Settings()
+    logs.configure(settings.log_format, settings.log_level)
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
@@ -120,4 +129,5 @@ class CeleryBroker:
 def _supervisor() -> Supervisor:
     """Made on first use, in the child: database connections must not cross a fork."""
     settings = Settings()
+    telling.begin(settings, "seuf-worker")
     return Supervisor(Database(settings.database_url), settings, worker_id())

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from store.database import Database
 from store.outbox import Outbox
 from store.settings import Settings
+from worker import telling
 from worker.duties import Rota
 from worker.life import StopFlag
 
@@ -109,7 +110,7 @@ def main() -> None:
     if not settings.broker_url:
         raise SystemExit(NO_BROKER)
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    telling.begin(settings, "seuf-dispatcher")
     stop = StopFlag()
     loop(Database(settings.database_url), settings, CeleryBroker(app), stop.wait)
 
