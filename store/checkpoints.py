@@ -3,8 +3,20 @@
 Rows are written by store.fenced only, together with the job's success.
 """
 
+import hashlib
+from base64 import b32encode
+
 from store.repository import Page, Repository
 from store.tables import Checkpoint
+
+
+def id_of(job_id: str, token: int) -> str:
+    """The id of the checkpoint that the holder of lease `token` may publish for the job.
+
+    It follows from the lease, so that a sweep can tell a folder that may still get its row from one that never will.
+    """
+    digest = hashlib.sha256(f"{job_id}/{token}".encode()).digest()
+    return f"ckpt_{b32encode(digest).decode().lower()[:20]}"
 
 
 def artefact_key(checkpoint_id: str) -> str:

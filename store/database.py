@@ -2,15 +2,24 @@
 uses.
 """
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, func, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
+from sqlalchemy.exc import DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+AWAY = (OperationalError, InterfaceError)
+"""What a database raises that cannot be reached, or is restarting: to be tried again."""
+IDLE_SECONDS = 1
+"""A connection that nobody has used for this long is asked whether it is still good."""
 SQLITE_BUSY_MS = 30_000
 """How long a SQLite writer waits for the one before it.
 
@@ -28,25 +37,22 @@ class Database:
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.url = parsed
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
-        # pool_pre_ping: a restarted Postgres costs one reconnect instead of one failed request per pooled
-        # connection.
-        # hide_parameters: an error that is logged quotes no row's values.
-        self.engine = create_engine(parsed, pool_pre_ping=not self.is_sqlite, hide_parameters=True)
+        if self.is_sqlite and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        # Two pools: what a connection may do is said once, when it is opened, and not at every use of it.
+        self.engine = _reading_engine(parsed)
+        self.writing_engine = _engine(parsed)
         if self.is_sqlite:
-            if parsed.database:
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
-        # The same pool under an option that the begin hook above reads.
-        self.writing_engine = self.engine.execution_options(writing=True)
+            event.listen(self.writing_engine, "begin", _begin_sqlite_writing)
         self._read = sessionmaker(self.engine, expire_on_commit=False)
         self._write = sessionmaker(self.writing_engine, expire_on_commit=False)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that only looks: rolled back at the end, whatever was done in it.
+        """A look: the database refuses a write in it. Rows stay usable after it.
 
-        Rows stay usable after it.
+        On Postgres each statement sees what is committed by then, as in any transaction there (read committed).
         """
         with self._read() as session:
             yield session
@@ -65,6 +71,7 @@ class Database:
     def dispose(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
+        self.writing_engine.dispose()
 
 
 def utc_now(session: Session) -> datetime:
@@ -77,6 +84,56 @@ def utc_now(session: Session) -> datetime:
     return datetime.now(UTC)
 
 
+def _engine(url: URL, **options: Any) -> Engine:
+    # hide_parameters: an error that is logged quotes no row's values.
+    engine = create_engine(url, hide_parameters=True, **options)
+    if url.get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+    else:
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", partial(_ping_if_idle, engine))
+    return engine
+
+
+def _reading_engine(url: URL) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        engine = _engine(url)
+        event.listen(engine, "connect", _only_read_sqlite)
+        return engine
+    # A statement is a transaction of its own: no round trips to begin and to end one, which take longer than most
+    # of our queries.
+    engine = _engine(url, isolation_level="AUTOCOMMIT")
+    event.listen(engine, "connect", _only_read_postgres)
+    return engine
+
+
+def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info["used"] = time.monotonic()
+
+
+def _ping_if_idle(
+    engine: Engine, connection: Any, record: ConnectionPoolEntry, _proxy: PoolProxiedConnection
+) -> None:
+    """Is a connection that lay idle still good? A restarted Postgres then costs a reconnect, not a failed request.
+
+    (SQLAlchemy's own pool_pre_ping asks at every use.)
+    """
+    if time.monotonic() - record.info.get("used", math.inf) < IDLE_SECONDS:
+        return
+    try:
+        engine.dialect.do_ping(connection)
+    except Exception as error:
+        raise DisconnectionError from error
+
+
+def _only_read_postgres(connection: Any, _record: Any) -> None:
+    connection.execute("SET default_transaction_read_only = on")
+
+
+def _only_read_sqlite(connection: Any, _record: Any) -> None:
+    connection.execute("PRAGMA query_only = ON")
+
+
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the begin hook below begins; the driver must not begin by itself
     connection.execute("PRAGMA journal_mode = WAL")
@@ -85,5 +142,8 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    writing = connection.get_execution_options().get("writing", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+    connection.exec_driver_sql("BEGIN")
+
+
+def _begin_sqlite_writing(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

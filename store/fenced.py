@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from store import events
+from store import events, leases
 from store.database import Database
 from store.errors import LeaseLost
-from store.outbox import Outbox
+from store.leases import Loss
 from store.plain import finite, plain
 from store.tables import Attribution, Checkpoint, Job, Metric, SelectedExpert, Tenanted, now
 from store.transitions import HELD, Status, sources
@@ -157,23 +157,26 @@ class FencedJob:
             {"code": code, "message": message},
         )
 
-    def cancelled(self) -> None:
-        """The engine has stopped as it was asked to."""
-        self._end(Status.CANCELLED, {}, {})
-
     def hand_back(self) -> None:
-        """The worker stops, the job does not: back to the queue at once, and not counted as an attempt."""
-        values = {
-            "status": Status.QUEUED,
-            "lease_token": self.token + 1,
-            "lease_worker": None,
-            "lease_expires_at": None,
-            "attempts": Job.attempts - 1,
-        }
-        with self._held(values, sources(Status.QUEUED) & HELD) as (session, tenant):
-            Outbox(session).add(self.job_id, tenant)
-            data = {"status": Status.QUEUED, "reason": "its worker was stopped"}
-            events.append(session, self.job_id, "status", data)
+        """The worker stops, the job does not: back to the queue at once, and not counted as an attempt.
+
+        A job that is being cancelled is cancelled.
+        """
+        self._end_attempt(None, 0)
+
+    def lost(self, loss: Loss, max_attempts: int) -> None:
+        """This attempt ended without a result: see store.leases.end_attempt."""
+        self._end_attempt(loss, max_attempts)
+
+    def check(self) -> None:
+        """LeaseLost unless the lease is ours now. For right before an act outside the database."""
+        with self._held({}):
+            pass
+
+    def _end_attempt(self, loss: Loss | None, max_attempts: int) -> None:
+        with self._held({}) as (session, _):
+            job = session.scalars(select(Job).where(Job.id == self.job_id)).one()
+            leases.end_attempt(session, job, loss, max_attempts)
 
     def _end(self, status: Status, values: dict[str, Any], data: dict[str, Any]) -> None:
         ending = {"status": status, "finished_at": now(), "lease_worker": None, "lease_expires_at": None}

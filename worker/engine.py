@@ -1,45 +1,46 @@
 """The engine process: `python -m worker.engine`, started by the supervisor ahead of the job it will run.
 
-Loading the library takes seconds, so it is done before there is a job; then one line on standard input, job
-id and lease token, starts it. Reads the job from the store, calls the method, publishes the checkpoint.
-Ends with exit code 0 when the job's end is written (or the lease is lost), 3 when it was stopped: then the
-supervisor knows why and writes it.
+Loading the library takes seconds, so it is done before there is a job; then one line on standard input
+(worker.telling.Assignment) starts it. Reads the job from the store, calls the method, publishes the checkpoint.
+Ends with exit code 0 when the job's end is written (or the lease is lost); with one of worker.verdict when the
+supervisor has to say what becomes of the job.
 """
 
-import fcntl
+import errno
 import hashlib
 import importlib
 import logging
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-from sqlalchemy import select
 
 from seuf_core.errors import Cancelled, DataError, SeufError
 from seuf_core.method import Method
 from store import checkpoints, files
 from store.artefacts import Artefacts
-from store.database import Database
+from store.database import AWAY, Database
 from store.errors import LeaseLost
 from store.fenced import FencedJob, Measurement
-from store.ids import new_id
 from store.settings import Settings
 from store.tables import Checkpoint, Job, Model
+from worker import telling
+from worker.folders import TRAINING, open_attempt
 from worker.life import StopFlag, die_with_parent
-from worker.progress import MORE_MEMORY, JobObserver, attribution_of, insist, selected
+from worker.progress import JobObserver, attribution_of, insist, selected
+from worker.telling import Assignment, Phases
+from worker.verdict import DATABASE_AWAY, MORE_MEMORY, STOPPED
 
 if TYPE_CHECKING:
     from seuf_core.pipeline import UnlearnResult
 
 log = logging.getLogger("worker.engine")
 
-STOPPED = 3
+MORE_ROOM = "Make room in SEUF_DATA_DIR or SEUF_ARTEFACTS_URL, then retry the job: it goes on where it was."
 
 
 @dataclass(frozen=True)
@@ -51,66 +52,72 @@ class Inputs:
     retain: Path | None
     evaluation: Path | None
     method: Method
+    memory: int | None
+    ancestors: tuple[str, ...]
 
 
 class Engine:
     """One claimed job, from its row to its end."""
 
-    def __init__(self, settings: Settings, job_id: str, token: int, stop: Callable[[], bool]) -> None:
+    def __init__(self, settings: Settings, given: Assignment, stop: Callable[[], bool]) -> None:
         self.settings = settings
         self.database = Database(settings.database_url)
         self.artefacts = Artefacts(settings.artefacts_url)
-        self.job = FencedJob(self.database, job_id, token)
-        self.stop = stop
-        self.work = settings.work_dir / job_id
-        self.training = self.work / "training"
-        self.out = self.work / f"out-{token}"
+        self.job = FencedJob(self.database, given.job_id, given.token)
+        self.observer = Phases(JobObserver(self.job, stop), given)
 
     def run(self) -> int:
         """The exit code; see above."""
         try:
-            with _alone(self.work):
-                result = self._call()
-                self._publish(result)
-        except Cancelled:
-            return STOPPED
+            return self._run()
+        except AWAY:
+            log.error("%s: the database stays away", self.job.job_id)
+            return DATABASE_AWAY
         except LeaseLost as lost:
             log.warning("%s", lost.message)
             return 0
+        finally:
+            self.observer.close()
+
+    def _run(self) -> int:
+        try:
+            self._publish(self._call())
+        except Cancelled:
+            return STOPPED
+        except (LeaseLost, *AWAY):
+            raise
         except SeufError as error:
-            self._fail(error.code, error.message, error.fix)
+            code = "OUT_OF_MEMORY" if error.code == "out_of_memory" else error.code
+            self._fail(code, error.message, error.fix)
         except Exception as error:
             self._fail(*_crash(error))
         else:
-            shutil.rmtree(self.work, ignore_errors=True)
+            shutil.rmtree(self.settings.work_dir / self.job.job_id, ignore_errors=True)
         return 0
 
-    def _call(self) -> "UnlearnResult":
+    def _call(self) -> tuple["UnlearnResult", Path]:
+        """The result and the folder of its checkpoint."""
         inputs = self._inputs()
         unlearn = _load(self.settings.engine_entry)
-        self._tidy()
+        insist(self.job.check)
+        folder = open_attempt(self.settings.work_dir, self.job.job_id, self.job.token, inputs.ancestors)
         result = unlearn(
             inputs.model,
             inputs.forget,
-            self.out,
+            folder / "checkpoint",
             retain=inputs.retain,
             evaluation=inputs.evaluation,
             method=inputs.method,
-            work=self.training,
-            observer=JobObserver(self.job, self.stop),
+            work=folder / TRAINING,
+            observer=self.observer,
+            memory=inputs.memory,
             # Nobody writes into a file of a published checkpoint, so it may be the base's own.
             share="hardlink",
         )
-        return cast("UnlearnResult", result)
-
-    def _tidy(self) -> None:
-        """What an attempt that was killed left half-written; its training checkpoints stay."""
-        for entry in self.work.iterdir():
-            if entry.is_dir() and entry != self.training:
-                shutil.rmtree(entry)
+        return cast("UnlearnResult", result), folder / "checkpoint"
 
     def _inputs(self) -> Inputs:
-        job, model = insist(self._rows)
+        job, model, ancestors = insist(self._rows)
         forget = self._set("/forget_set", job.forget_file, job.forget_sha256)
         assert forget is not None
         return Inputs(
@@ -119,12 +126,19 @@ class Engine:
             self._set("/retain_set", job.retain_file, job.retain_sha256),
             self._set("/evaluation_set", job.evaluation_file, job.evaluation_sha256),
             Method.model_validate(job.method),
+            job.max_memory_bytes,
+            ancestors,
         )
 
-    def _rows(self) -> tuple[Job, Model]:
+    def _rows(self) -> tuple[Job, Model, tuple[str, ...]]:
+        """The job, its model, and the jobs that it retries, the nearest first."""
         with self.database.read() as session:
-            job = session.scalars(select(Job).where(Job.id == self.job.job_id)).one()
-            return job, session.scalars(select(Model).where(Model.id == job.model_id)).one()
+            job = session.get_one(Job, self.job.job_id)
+            ancestors, before = [], job.retry_of
+            while before is not None:
+                ancestors.append(before)
+                before = session.get_one(Job, before).retry_of
+            return job, session.get_one(Model, job.model_id), tuple(ancestors)
 
     def _set(self, pointer: str, file_id: str | None, sha256: str | None) -> Path | None:
         """Where a set's bytes lie, once they are known to be the ones that were submitted."""
@@ -143,14 +157,20 @@ class Engine:
             raise DataError("file_changed", message, "Upload the file again and submit a new job.", pointer)
         return path
 
-    def _publish(self, result: "UnlearnResult") -> None:
-        """First the whole folder under its name, then the row and the success in one transaction."""
+    def _publish(self, made: tuple["UnlearnResult", Path]) -> None:
+        """First the whole folder under its name, then the row and the success in one transaction.
+
+        The lease is asked for before the name appears. Should it be lost between the two, the folder is deleted
+        here, or by a sweep if this process does not live to do it (worker.sweeps).
+        """
+        result, out = made
         assert result.manifest is not None
-        checkpoint_id = new_id("ckpt")
+        checkpoint_id = checkpoints.id_of(self.job.job_id, self.job.token)
         key = checkpoints.artefact_key(checkpoint_id)
-        size = sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         manifest = result.manifest.model_dump(mode="json")
-        self.artefacts.put_folder(self.out, key)
+        insist(self.job.check)
+        self.artefacts.put_folder(out, key)
 
         def write() -> None:
             with self.job.together():
@@ -175,23 +195,7 @@ class Engine:
 
     def _fail(self, code: str, message: str, fix: str | None) -> None:
         log.error("%s failed: %s", self.job.job_id, code)
-        try:
-            insist(lambda: self.job.fail(code, message, fix))
-        except LeaseLost as lost:
-            log.warning("%s", lost.message)
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """The work folder for this process alone.
-
-    An engine whose supervisor has just lost the lease may have seconds to live; two must not write one
-    training checkpoint. The lock goes with the process, however it ends.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        insist(lambda: self.job.fail(code, message, fix))
 
 
 def _measurement(row: dict[str, Any]) -> Measurement:
@@ -209,6 +213,8 @@ def _crash(error: Exception) -> tuple[str, str, str | None]:
     where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "OUT_OF_MEMORY", f"The engine ran out of memory ({where}).", MORE_MEMORY
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "DISK_FULL", f"There is no room left on a disk ({where}).", MORE_ROOM
     log.error("unforeseen error\n%s", "".join(traceback.format_tb(error.__traceback__)))
     return (
         "ENGINE_CRASHED",
@@ -232,13 +238,14 @@ def main() -> int:
     """Entry of `python -m worker.engine`."""
     lines = die_with_parent()
     stop = StopFlag()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = Settings()
+    telling.begin(settings, "seuf-engine")
     with suppress(Exception):  # the job meets the same error, and can tell somebody
         _load(settings.engine_entry)
-    job_id, token = lines.get().split()
-    log.info("%s starts with lease %s", job_id, token)
-    return Engine(settings, job_id, int(token), stop).run()
+    given = telling.read_line(lines.get())
+    telling.engine_is_about(given)
+    log.info("%s starts with lease %d", given.job_id, given.token)
+    return Engine(settings, given, stop).run()
 
 
 if __name__ == "__main__":

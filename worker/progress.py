@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import OperationalError
-
 from seuf_core.errors import Cancelled
+from store.database import AWAY
 from store.fenced import AttributionResult, FencedJob, Selected
 
 T = TypeVar("T")
@@ -20,7 +19,6 @@ INTERRUPTIBLE = frozenset({"validating", "attributing", "evaluating"})
 """Phases that may end between any two units of work: nothing in them is worth saving. Training stops itself,
 after a training checkpoint; a checkpoint that is being written is finished.
 """
-MORE_MEMORY = "Use a smaller batch_size or max_length, or a machine with more memory, then submit again."
 RETRY_SECONDS = (0.5, 1, 2, 4, 8, 15)
 """Pauses between attempts at a write that must not be lost: half a minute, a restart of the database."""
 
@@ -30,20 +28,25 @@ def insist(act: Callable[[], T]) -> T:
     for pause in RETRY_SECONDS:
         try:
             return act()
-        except OperationalError as error:
+        except AWAY as error:
             log.warning("database away (%s); again in %.1f s", type(error).__name__, pause)
             time.sleep(pause)
     return act()
 
 
 class JobObserver:
-    """Writes through the fence. LeaseLost comes out of every method but `cancelled`, and ends the run."""
+    """Writes through the fence. LeaseLost comes out of every method and ends the run.
+
+    Nothing is saved between two calls of `cancelled`, which training asks right before it saves: so a run that was
+    stopped past its lease and goes on finds out before it writes a file.
+    """
 
     def __init__(self, job: FencedJob, stop: Callable[[], bool]) -> None:
         self._job = job
         self._stop = stop
         self._phase: str | None = None
         self._phase_at = self._step_at = -INTERVAL_SECONDS
+        self._held_at = -INTERVAL_SECONDS
         self._training_since: tuple[float, int] | None = None
         self._seconds_left: float | None = None
 
@@ -74,6 +77,8 @@ class JobObserver:
 
     def cancelled(self) -> bool:
         """Has the supervisor asked the engine to stop?"""
+        if time.monotonic() - self._held_at >= INTERVAL_SECONDS:
+            self._unless_away(self._job.check)
         return self._stop()
 
     def _step(self, data: Mapping[str, Any]) -> None:
@@ -97,7 +102,8 @@ class JobObserver:
         """Progress is told again soon: training does not wait for a database that is away."""
         try:
             write()
-        except OperationalError as error:
+            self._held_at = time.monotonic()
+        except AWAY as error:
             log.warning("progress not written (%s)", type(error).__name__)
 
 

@@ -5,6 +5,7 @@ job; whatever happens to the supervisor, the engine dies with it and the lease e
 """
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -14,15 +15,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from sqlalchemy.exc import OperationalError
-
 from store import leases
-from store.database import Database
+from store.database import AWAY, Database
 from store.errors import LeaseLost
 from store.fenced import FencedJob
-from store.leases import Claim
+from store.leases import Claim, Limits, Loss
 from store.settings import Settings
-from worker.progress import MORE_MEMORY, insist
+from worker import telling
+from worker.memory import held_bytes
+from worker.progress import insist
+from worker.telling import Assignment
+from worker.verdict import MORE_MEMORY, KernelKills, verdict
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ TICK_SECONDS = 0.2
 """How often the supervisor looks whether the engine has ended or it should stop: the delay a person would
 notice.
 """
+WEIGH_SECONDS = 1
+"""How often the memory of an engine with a limit is added up: about a millisecond."""
 LEAVE_SECONDS = 2
 """What an engine that has just written its job's end, and so has no lease, is given to leave by itself."""
 
@@ -50,14 +55,23 @@ Stop = Callable[[], bool]
 
 @dataclass
 class _Engine:
-    """The running process, and what was done to it."""
+    """The running process, what it may use, and what was done to it. Times are of time.monotonic."""
 
     process: subprocess.Popen[bytes]
+    limits: Limits
+    kills: KernelKills | None
     alive_at: float = field(default_factory=time.monotonic)
     beat_at: float = field(default_factory=time.monotonic)
+    weighed_at: float = field(default_factory=time.monotonic)
+    ends_at: float = math.inf
     asked_at: float | None = None
     lease_lost: bool = False
     cancel: bool = False
+    over: Loss | None = None
+
+    def __post_init__(self) -> None:
+        if self.limits.seconds_left is not None:
+            self.ends_at = self.alive_at + self.limits.seconds_left
 
 
 class Supervisor:
@@ -94,26 +108,33 @@ class Supervisor:
         """
         with self.database.write() as session:
             claim = leases.claim(session, job_id, self.worker_id, self.settings.lease_seconds)
-        if claim is None:
-            return False
+            if claim is None:
+                return False
+            limits = leases.limits(session, claim)
+            assignment = telling.assignment(session, claim)
+        with telling.attempt(assignment) as given:
+            self._run(claim, given, limits, stop)
+        return True
+
+    def _run(self, claim: Claim, given: Assignment, limits: Limits, stop: Stop) -> None:
         log.info("%s taken with lease %d", claim.job_id, claim.token)
-        engine = _Engine(self._assign(claim))
+        process = self._assign(given)
+        engine = _Engine(process, limits, KernelKills.near(process.pid))
         try:
             self._watch(engine, claim, stop)
         finally:
-            _clear(engine.process)
+            _clear(process)
         if not engine.lease_lost:
             insist(lambda: self._write_end(engine, claim))
-        return True
 
-    def _assign(self, claim: Claim) -> subprocess.Popen[bytes]:
+    def _assign(self, given: Assignment) -> subprocess.Popen[bytes]:
         """An engine that has been told of its job: the one that is ready, or a new one if that has fallen."""
         if self._ready is not None and _has_ended(self._ready):
             self.close()
         process, self._ready = self._ready or self._start(), None
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it has just ended: seen as a crash, like any moment later
-            process.stdin.write(f"{claim.job_id} {claim.token}\n".encode())
+            process.stdin.write(given.line())
             process.stdin.flush()
         return process
 
@@ -134,16 +155,19 @@ class Supervisor:
             if now - engine.beat_at >= self.settings.heartbeat_seconds:
                 engine.beat_at = now
                 self._beat(engine, claim)
-            if engine.lease_lost:
-                self._kill(engine)
+            if engine.over is None:
+                engine.over = _over_limit(engine, now)
+            if engine.lease_lost or (engine.over is not None and engine.over.code == "MEMORY_LIMIT"):
+                # At once: another worker may have the job, or the machine may soon have no memory left.
+                _kill(engine)
             elif engine.asked_at is None:
-                if engine.cancel or stop():
+                if engine.cancel or engine.over is not None or stop():
                     engine.asked_at = now
                     log.info("%s: asking its engine to stop", claim.job_id)
                     # Not Popen.terminate: it reaps an engine that has just ended, and its id would be free.
                     os.kill(engine.process.pid, signal.SIGTERM)
             elif now - engine.asked_at > self.settings.cancel_grace_seconds:
-                self._kill(engine)
+                _kill(engine)
             time.sleep(TICK_SECONDS)
 
     def _beat(self, engine: _Engine, claim: Claim) -> None:
@@ -154,7 +178,7 @@ class Supervisor:
         try:
             with self.database.write() as session:
                 heard = leases.heartbeat(session, claim, self.settings.lease_seconds)
-        except OperationalError as error:
+        except AWAY as error:
             silent = time.monotonic() - engine.alive_at
             log.warning("%s: no heartbeat for %.0f s (%s)", claim.job_id, silent, type(error).__name__)
             engine.lease_lost = silent > self.settings.lease_seconds
@@ -162,30 +186,48 @@ class Supervisor:
         engine.alive_at = time.monotonic()
         engine.cancel = engine.cancel or heard.cancel_requested
         # A job that has just ended has no lease either; its engine may leave by itself.
-        engine.lease_lost = not heard.alive and not _has_ended(engine.process, within=LEAVE_SECONDS)
-
-    def _kill(self, engine: _Engine) -> None:
-        os.killpg(engine.process.pid, signal.SIGKILL)
+        leaves = heard.ended and _has_ended(engine.process, within=LEAVE_SECONDS)
+        engine.lease_lost = not heard.alive and not leaves
 
     def _write_end(self, engine: _Engine, claim: Claim) -> None:
-        """The job's end, unless the engine has written it."""
-        job = FencedJob(self.database, claim.job_id, claim.token)
+        """The job's end, or that it waits for another attempt, unless the engine has written its end."""
+        job, attempts = FencedJob(self.database, claim.job_id, claim.token), self.settings.max_attempts
         code = engine.process.returncode
         try:
-            if self._cancel_requested(claim):
-                job.cancelled()
+            if engine.over is not None:
+                job.lost(engine.over, attempts)
             elif engine.asked_at is not None:
                 job.hand_back()
             else:
-                job.fail(*_verdict(code))
+                job.lost(verdict(code, engine.kills), attempts)
         except LeaseLost:
             log.info("%s has ended (engine exit %d)", claim.job_id, code)
         else:
-            log.warning("%s: engine left no result (exit %d); its end was written for it", claim.job_id, code)
+            log.warning("%s: its engine left no result (exit %d)", claim.job_id, code)
 
-    def _cancel_requested(self, claim: Claim) -> bool:
-        with self.database.write() as session:
-            return leases.heartbeat(session, claim, self.settings.lease_seconds).cancel_requested
+
+def _over_limit(engine: _Engine, now: float) -> Loss | None:
+    """The limit that the job is over now, if it is over one."""
+    limits = engine.limits
+    if now > engine.ends_at:
+        what = f"The job ran longer than its limit, limits.max_seconds {limits.max_seconds:g}."
+        fix = (
+            "Retry it: it goes on from its last training checkpoint, for as long again. Or submit it with fewer steps, "
+            "smaller sets or a larger limit."
+        )
+        return Loss("TIME_LIMIT", what, fix, again=False)
+    if limits.max_memory_bytes is None or now - engine.weighed_at < WEIGH_SECONDS:
+        return None
+    engine.weighed_at = now
+    held = held_bytes(engine.process.pid)
+    if held <= limits.max_memory_bytes:
+        return None
+    what = f"The engine held {held} bytes, and limits.max_memory_bytes is {limits.max_memory_bytes}."
+    return Loss("MEMORY_LIMIT", what, f"Submit it with a larger limit. {MORE_MEMORY}", again=False)
+
+
+def _kill(engine: _Engine) -> None:
+    os.killpg(engine.process.pid, signal.SIGKILL)
 
 
 def _clear(process: subprocess.Popen[bytes]) -> None:
@@ -208,19 +250,3 @@ def _has_ended(process: subprocess.Popen[bytes], within: float = 0) -> bool:
         if found is not None or time.monotonic() >= end:
             return found is not None
         time.sleep(0.02)
-
-
-def _verdict(exit_code: int) -> tuple[str, str, str]:
-    """Code, message and fix for an engine that ended without writing an end and that we did not stop."""
-    if exit_code == -signal.SIGKILL:
-        return (
-            "OUT_OF_MEMORY",
-            "The engine was killed from outside (SIGKILL), as the system does when memory runs out.",
-            MORE_MEMORY,
-        )
-    how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-    return (
-        "ENGINE_CRASHED",
-        f"The engine ended without a result ({how}).",
-        "Look at the worker's log of that time, and report it with the job's id if it happens again.",
-    )

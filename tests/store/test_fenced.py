@@ -36,21 +36,19 @@ WRITERS: dict[str, Callable[[FencedJob], None]] = {
     "succeed": FencedJob.succeed,
     "hand_back": FencedJob.hand_back,
     "fail": lambda held: held.fail("dense_model", "The model has no experts.", "Use scope full."),
-    "cancelled": FencedJob.cancelled,
+    "lost": lambda held: held.lost(LOSS, 3),
 }
+LOSS = leases.Loss("ENGINE_LOST", "The engine was ended by SIGSEGV.", "Retry the job.")
 
 
 def test_the_list_is_complete() -> None:
     public = {name for name, _ in inspect.getmembers(FencedJob, inspect.isfunction) if name[0] != "_"}
-    assert public - {"together"} == WRITERS.keys()
+    assert public - {"together", "check"} == WRITERS.keys()
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_stale_token_writes_nothing(database: Database, writer: str) -> None:
     held = add_running(database)
-    if writer == "cancelled":  # so that the token alone decides
-        with database.write() as session:
-            Jobs(session).request_cancel(held.job_id)
     before = everything(database)
     for token in (held.token - 1, held.token + 1):
         with pytest.raises(LeaseLost, match=held.job_id):
@@ -93,13 +91,56 @@ def test_handing_back_is_not_an_attempt(database: Database) -> None:
     assert again.token > held.token
 
 
-def test_a_cancelling_job_is_not_handed_back(database: Database) -> None:
+@pytest.mark.parametrize("writer", ["hand_back", "lost"])
+def test_a_cancelling_job_whose_worker_lets_go_is_cancelled(database: Database, writer: str) -> None:
     held = add_running(database)
     with database.write() as session:
         Jobs(session).request_cancel(held.job_id)
+    WRITERS[writer](held)
+    job = get_job(database, held.job_id)
+    assert (job.status, job.error_code, job.lease_expires_at) == ("cancelled", None, None)
+    assert job.finished_at is not None
+    with database.read() as session:
+        assert Outbox(session).pending() == []
+        assert Events(session).list(held.job_id)[-1].data == {"status": "cancelled"}
+
+
+def test_a_lost_attempt_counts_and_is_told(database: Database) -> None:
+    held = add_running(database)
+    held.lost(LOSS, 2)
+    job = get_job(database, held.job_id)
+    assert (job.status, job.attempts, job.lost_leases, job.error_code) == ("queued", 1, 0, None)
+    with database.read() as session:
+        assert [message.job_id for message in Outbox(session).pending()] == [held.job_id]
+        assert Events(session).list(held.job_id)[-1].data == {
+            "status": "queued",
+            "lost": "ENGINE_LOST",
+            "reason": "The engine was ended by SIGSEGV. Attempt 1 of 2 is lost.",
+        }
+
+
+def test_the_last_lost_attempt_fails_the_job(database: Database) -> None:
+    held = add_running(database)
+    held.lost(LOSS, 1)
+    job = get_job(database, held.job_id)
+    assert (job.status, job.error_code, job.error_fix) == ("failed", "ENGINE_LOST", "Retry the job.")
+    assert job.error_message == "The engine was ended by SIGSEGV. It was attempt 1 of 1, and all were lost."
+
+
+def test_a_loss_that_would_come_again_fails_the_job_at_once(database: Database) -> None:
+    held = add_running(database)
+    held.lost(leases.Loss("OUT_OF_MEMORY", "Memory ran out.", "Use less.", again=False), 3)
+    job = get_job(database, held.job_id)
+    assert (job.status, job.error_code, job.error_message) == ("failed", "OUT_OF_MEMORY", "Memory ran out.")
+
+
+def test_a_check_finds_a_lost_lease_and_writes_nothing(database: Database) -> None:
+    held = add_running(database)
+    before = everything(database)
+    held.check()
     with pytest.raises(LeaseLost):
-        held.hand_back()
-    assert get_job(database, held.job_id).status == "cancelling"
+        FencedJob(database, held.job_id, held.token - 1).check()
+    assert everything(database) == before
 
 
 def test_what_json_or_postgres_cannot_hold(database: Database) -> None:
@@ -120,13 +161,6 @@ def test_what_json_or_postgres_cannot_hold(database: Database) -> None:
         attribution = results.attribution(held.job_id)
         assert attribution is not None
         assert (attribution.matrix, attribution.stability) == ([[None, 0.5]], {"spread": None})
-
-
-def test_a_job_nobody_cancelled_cannot_become_cancelled(database: Database) -> None:
-    held = add_running(database)
-    with pytest.raises(LeaseLost):
-        held.cancelled()
-    assert get_job(database, held.job_id).status == "running"
 
 
 def test_progress_is_on_the_job_and_in_the_events(database: Database) -> None:

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
 
 from store import leases
 from store.database import Database, utc_now
@@ -160,8 +161,9 @@ def test_heartbeat_of_a_lost_or_ended_lease_changes_nothing(database: Database) 
     ended.succeed()
     before = everything(database)
     for claimed in (Claim(held.job_id, held.token - 1), Claim(ended.job_id, ended.token), Claim("job_x", 1)):
+        own_end = claimed.job_id == ended.job_id
         with database.write() as session:
-            assert leases.heartbeat(session, claimed, 600) == leases.Heartbeat(False, False)
+            assert leases.heartbeat(session, claimed, 600) == leases.Heartbeat(False, False, own_end)
     assert everything(database) == before
 
 
@@ -178,7 +180,7 @@ def test_an_expired_lease_goes_back_to_the_queue_and_fences_its_worker(database:
     time.sleep(0.01)
     (job,) = release(database)
     assert (job.id, job.status, job.attempts, job.lease_worker) == (held.job_id, "queued", 1, None)
-    assert job.lease_expires_at is None
+    assert (job.lease_expires_at, job.lost_leases) == (None, 1)
     with database.read() as session:
         assert [message.job_id for message in Outbox(session).pending()] == [held.job_id]
     with pytest.raises(LeaseLost):
@@ -221,6 +223,22 @@ def test_an_expired_cancel_is_carried_out(database: Database) -> None:
     time.sleep(0.01)
     (job,) = release(database)
     assert (job.status, job.error_code) == ("cancelled", None)
+
+
+def test_limits_count_from_the_first_start(database: Database) -> None:
+    held = add_running(database)
+    own = Claim(held.job_id, held.token)
+    with database.write() as session:
+        assert leases.limits(session, own) == leases.Limits(None, None, None)
+        started_at = utc_now(session) - timedelta(seconds=40)
+        session.execute(
+            update(Job).values(max_seconds=100.0, max_memory_bytes=1 << 40, started_at=started_at)
+        )
+    with database.read() as session:
+        limits = leases.limits(session, own)
+    assert (limits.max_seconds, limits.max_memory_bytes) == (100.0, 1 << 40)
+    assert limits.seconds_left is not None
+    assert 50 < limits.seconds_left <= 60
 
 
 def test_reconcilers_release_a_lease_once(database: Database) -> None:

@@ -57,12 +57,22 @@ class House:
         forget: SetRef | None = None,
         retain: SetRef | None = None,
         path: str = "/models/tiny",
+        limits: tuple[float | None, int | None] = (None, None),
         **method: Any,
     ) -> str:
-        """A queued job; returns its id."""
+        """A queued job; returns its id. `limits`: seconds, bytes of memory."""
         model_id = add_model(self.database, path)
         resolved = Method(**{"steps": 5, "seed": 7, **method}).model_dump(mode="json")
-        spec = JobSpec(model_id, forget or self.upload(SECRET_TEXT), resolved, 7, retain)
+        seconds, memory = limits
+        spec = JobSpec(
+            model_id,
+            forget or self.upload(SECRET_TEXT),
+            resolved,
+            7,
+            retain,
+            max_seconds=seconds,
+            max_memory_bytes=memory,
+        )
         with self.database.write() as session:
             return Jobs(session).create(spec).id
 

@@ -30,6 +30,8 @@ from store.tables import Job
 if TYPE_CHECKING:
     from seuf_core.checkpoint.copying import Share
 
+STEP = "rung-0.safetensors"
+"""The training checkpoint of the entries that count steps: the number, under the name that such files have."""
 EXPERTS = [{"layer": 1, "expert": 2, "score": 0.9}]
 ATTRIBUTION = {
     "score": "contrast",
@@ -70,6 +72,7 @@ def works(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """Every kind of event, `method.steps` quick steps, a checkpoint of one file."""
@@ -110,11 +113,12 @@ def runs_until_stopped(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """Steps of 20 ms; counts them in `work`, and says in an event where it went on from."""
     work.mkdir(parents=True, exist_ok=True)
-    saved = work / "step"
+    saved = work / STEP
     step = int(saved.read_text()) if saved.exists() else 0
     observer.event("pid", {"pid": os.getpid(), "resumed_at": step})
     while True:
@@ -127,6 +131,93 @@ def runs_until_stopped(
             raise Cancelled
 
 
+def saves_each_step(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+    memory: int | None,
+    share: Share,
+) -> Any:
+    """Steps of 20 ms, each with a training checkpoint, until it is stopped or killed."""
+    work.mkdir(parents=True, exist_ok=True)
+    saved = work / STEP
+    step = int(saved.read_text()) if saved.exists() else 0
+    observer.event("pid", {"pid": os.getpid(), "resumed_at": step})
+    while True:
+        step += 1
+        draft = work / "draft.partial"
+        draft.write_text(str(step))
+        draft.replace(saved)
+        observer.event("step", {"step": step, "loss": 0.5})
+        time.sleep(0.02)
+        if observer.cancelled():
+            raise Cancelled
+
+
+def grows(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+    memory: int | None,
+    share: Share,
+) -> Any:
+    """Ten megabytes more every 50 ms, in a child of its own too."""
+    program = "import time; held = []\nwhile True: held.append(b'x' * (5 << 20)); time.sleep(0.05)"
+    subprocess.Popen([sys.executable, "-c", program])
+    observer.event("pid", {"pid": os.getpid(), "memory": memory})
+    held = []
+    while True:
+        held.append(b"x" * (5 << 20))
+        time.sleep(0.05)
+
+
+def exits(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+    memory: int | None,
+    share: Share,
+) -> Any:
+    """An end that leaves nothing to read."""
+    os._exit(7)
+
+
+def fills_the_disk(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+    memory: int | None,
+    share: Share,
+) -> Any:
+    """What a full disk answers."""
+    with Path("/dev/full").open("w") as full:
+        full.write("x")
+
+
 def evaluates_until_stopped(
     model: Path,
     forget: Path,
@@ -137,6 +228,7 @@ def evaluates_until_stopped(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """A phase that never asks whether it is cancelled."""
@@ -156,6 +248,7 @@ def ignores_stop(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """Sleeps through everything, with a child of its own in its process group."""
@@ -175,6 +268,7 @@ def refuses(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """The input cannot be used."""
@@ -193,6 +287,7 @@ def crashes(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """An error nobody foresaw, quoting the data."""
@@ -209,6 +304,7 @@ def needs_memory(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """More bytes than any machine has."""
@@ -225,6 +321,7 @@ def is_killed(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """What the kernel does when memory runs out."""
@@ -243,6 +340,7 @@ def aborts(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """A crash below Python."""
@@ -259,6 +357,7 @@ def loses_its_lease(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """Finishes, but another worker has the job by then."""
@@ -271,6 +370,7 @@ def loses_its_lease(
         method=method,
         work=work,
         observer=observer,
+        memory=memory,
         share=share,
     )
     with Database(Settings().database_url).write() as session:
@@ -310,6 +410,7 @@ def unlearns_with_a_pause(
     method: Method,
     work: Path,
     observer: Observer,
+    memory: int | None,
     share: Share,
 ) -> Any:
     """The real method."""
@@ -325,5 +426,6 @@ def unlearns_with_a_pause(
         method=method,
         work=work,
         observer=pausing,
+        memory=memory,
         share=share,
     )

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from store import leases
+from store.artefacts import Artefacts
 from store.checkpoints import Checkpoints
 from store.database import Database
 from store.fenced import FencedJob
+from store.settings import Settings
+from store.tables import Job
 from tests.worker.conftest import House
 from tests.worker.test_supervisor import supervise
 from worker.engine import Engine
+from worker.telling import assignment
 
 Make = Callable[..., House]
 
@@ -44,8 +51,9 @@ class Disconnecting(Database):
 def engine_of(house: House, job_id: str) -> tuple[Engine, Disconnecting]:
     with house.database.write() as session:
         claim = leases.claim(session, job_id, "worker-1", 60)
-    assert claim is not None
-    engine = Engine(house.settings, claim.job_id, claim.token, lambda: False)
+        assert claim is not None
+        given = assignment(session, claim)
+    engine = Engine(house.settings, given, lambda: False)
     database = Disconnecting(house.settings.database_url)
     engine.database, engine.job = database, FencedJob(database, claim.job_id, claim.token)
     return engine, database
@@ -83,4 +91,30 @@ def test_whoever_lost_the_lease_publishes_nothing(make_house: Make) -> None:
     assert (job.status, job.lease_worker, job.checkpoint_id) == ("running", "worker-2", None)
     with house.database.read() as session:
         assert Checkpoints(session).list().data == []
-    assert list(house.artefacts.path("checkpoints").iterdir()) == []
+    assert not house.artefacts.exists("checkpoints")  # not even for a moment
+
+
+class LosesTheLease(Artefacts):
+    """Another worker gets the job right after the folder has its name."""
+
+    named: str | None = None
+
+    def put_folder(self, folder: Path, key: str) -> None:
+        super().put_folder(folder, key)
+        assert self.exists(key)
+        self.named = key
+        with Database(Settings().database_url).write() as session:
+            session.execute(update(Job).values(lease_token=Job.lease_token + 1, lease_worker="worker-2"))
+
+
+def test_a_folder_whose_row_comes_too_late_is_deleted(make_house: Make, monkeypatch: Any) -> None:
+    house = make_house("works")
+    job_id = house.submit(steps=1)
+    monkeypatch.setenv("SEUF_DATABASE_URL", house.settings.database_url)
+    engine, _ = engine_of(house, job_id)
+    engine.artefacts = LosesTheLease(house.settings.artefacts_url)
+    assert engine.run() == 0
+    assert engine.artefacts.named is not None
+    assert not house.artefacts.exists(engine.artefacts.named)
+    job = house.job(job_id)
+    assert (job.status, job.lease_worker, job.checkpoint_id) == ("running", "worker-2", None)

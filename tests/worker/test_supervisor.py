@@ -23,6 +23,8 @@ from store.results import Results
 from store.tables import Job
 from tests.services import wait_until
 from tests.worker.conftest import SECRET_TEXT, House, is_alive
+from tests.worker.entries import STEP
+from worker.folders import newest_training
 from worker.supervisor import Supervisor
 
 Make = Callable[..., House]
@@ -42,6 +44,13 @@ def running(house: House, job_id: str, stop: Callable[[], bool] = lambda: False)
     yield
     thread.join(60)
     assert not thread.is_alive()
+
+
+def saved_step(house: House, job_id: str) -> int:
+    """Where the newest training checkpoint of `runs_until_stopped` stands."""
+    training = newest_training(house.settings.work_dir, job_id)
+    assert training is not None
+    return int((training / STEP).read_text())
 
 
 @SQLITE
@@ -120,8 +129,10 @@ ENDS: dict[str, tuple[str, str]] = {
     "refuses": ("no_forget_probes", "no forget probe"),
     "crashes": ("ENGINE_CRASHED", "ValueError in entries.py"),
     "needs_memory": ("OUT_OF_MEMORY", "MemoryError"),
-    "is_killed": ("OUT_OF_MEMORY", "SIGKILL"),
-    "aborts": ("ENGINE_CRASHED", "signal 6"),
+    "is_killed": ("ENGINE_LOST", "SIGKILL"),
+    "aborts": ("ENGINE_LOST", "SIGABRT (signal 6)"),
+    "exits": ("ENGINE_CRASHED", "exit code 7"),
+    "fills_the_disk": ("DISK_FULL", "no room left"),
     "nowhere:nothing": ("ENGINE_CRASHED", "ModuleNotFoundError"),
 }
 
@@ -131,7 +142,7 @@ ENDS: dict[str, tuple[str, str]] = {
 def test_bad_ends_are_told_with_a_fix(
     make_house: Make, entry: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    house = make_house(entry)
+    house = make_house(entry, max_attempts=1)
     job_id = house.submit()
     supervise(house, job_id)
     job = house.job(job_id)
@@ -147,12 +158,83 @@ def test_bad_ends_are_told_with_a_fix(
     assert not house.artefacts.exists("checkpoints")
 
 
-def test_the_last_words_of_a_dead_engine_are_written_on_both_databases(make_house: Make) -> None:
-    house = make_house("is_killed")
+def test_an_engine_killed_from_outside_is_a_lost_attempt(make_house: Make) -> None:
+    house = make_house("is_killed", max_attempts=2)
     job_id = house.submit()
     supervise(house, job_id)
-    assert house.job(job_id).error_code == "OUT_OF_MEMORY"
-    assert house.events(job_id, "status")[-1]["code"] == "OUT_OF_MEMORY"
+    job = house.job(job_id)
+    assert (job.status, job.attempts, job.lease_worker, job.error_code) == ("queued", 1, None, None)
+    assert house.events(job_id, "status")[-1]["lost"] == "ENGINE_LOST"
+    supervise(house, job_id)
+    assert (house.job(job_id).status, house.job(job_id).error_code) == ("failed", "ENGINE_LOST")
+    assert "attempt 2 of 2" in (house.job(job_id).error_message or "")
+    assert supervise(house, job_id) is False
+
+
+def test_a_killed_engine_goes_on_from_its_last_training_checkpoint(make_house: Make) -> None:
+    house = make_house("saves_each_step")
+    job_id = house.submit()
+    with running(house, job_id):
+        pid = house.wait_for_pid(job_id)["pid"]
+        wait_until(lambda: (house.job(job_id).step or 0) >= 5, 20, "some steps")
+        os.kill(pid, signal.SIGKILL)
+    assert house.job(job_id).status == "queued"
+    with running(house, job_id):
+        assert house.wait_for_pid(job_id, count=2)["resumed_at"] >= 5
+        house.cancel(job_id)
+    assert house.job(job_id).status == "cancelled"
+
+
+@SQLITE
+def test_an_engine_told_to_stop_by_a_stranger_is_a_lost_attempt(make_house: Make) -> None:
+    house = make_house("runs_until_stopped")
+    job_id = house.submit()
+    with running(house, job_id):
+        os.kill(house.wait_for_pid(job_id)["pid"], signal.SIGTERM)
+    job = house.job(job_id)
+    assert (job.status, job.attempts) == ("queued", 1)
+    assert "somebody else" in house.events(job_id, "status")[-1]["reason"]
+
+
+def test_a_job_over_its_time_is_stopped_with_a_training_checkpoint(make_house: Make) -> None:
+    house = make_house("runs_until_stopped")
+    job_id = house.submit(limits=(2.0, None))
+    supervise(house, job_id)
+    job = house.job(job_id)
+    assert (job.status, job.error_code) == ("failed", "TIME_LIMIT")
+    assert "limits.max_seconds 2." in (job.error_message or "")
+    assert int(saved_step(house, job_id)) > 0
+
+
+@SQLITE
+def test_a_job_that_ignores_its_time_is_killed(make_house: Make) -> None:
+    house = make_house("ignores_stop", cancel_grace_seconds=0.3)
+    job_id = house.submit(limits=(1.0, None))
+    supervise(house, job_id)
+    assert house.job(job_id).error_code == "TIME_LIMIT"
+
+
+def test_a_job_over_its_memory_is_ended(make_house: Make) -> None:
+    house = make_house("grows")
+    job_id = house.submit(limits=(None, 200 << 20))
+    supervise(house, job_id)
+    job = house.job(job_id)
+    assert (job.status, job.error_code, job.attempts) == ("failed", "MEMORY_LIMIT", 1)
+    held = int((job.error_message or "").split("held ")[1].split(" bytes")[0])
+    assert 200 << 20 < held < 2 << 30
+    assert str(200 << 20) in (job.error_message or "")
+    # The method was told of it, so that its plan keeps under it.
+    assert house.events(job_id, "pid")[0]["memory"] == 200 << 20
+
+
+@SQLITE
+def test_a_cancel_wins_over_a_limit(make_house: Make) -> None:
+    house = make_house("ignores_stop", cancel_grace_seconds=1)
+    job_id = house.submit(limits=(1.0, None))
+    with running(house, job_id):
+        house.wait_for_pid(job_id)
+        house.cancel(job_id)
+    assert (house.job(job_id).status, house.job(job_id).error_code) == ("cancelled", None)
 
 
 @SQLITE
@@ -181,7 +263,7 @@ def test_cancel_while_running(make_house: Make) -> None:
     assert (job.status, job.error_code) == ("cancelled", None)
     assert not is_alive(pid)
     # The last training checkpoint is there for a retry.
-    assert int((house.settings.work_dir / job_id / "training" / "step").read_text()) > 0
+    assert saved_step(house, job_id) > 0
     assert [data["status"] for data in house.events(job_id, "status")][-2:] == ["cancelling", "cancelled"]
 
 
@@ -215,7 +297,7 @@ def test_a_stopped_worker_hands_its_job_to_the_next(make_house: Make) -> None:
         stop.set()
     job = house.job(job_id)
     assert (job.status, job.attempts, job.lease_worker) == ("queued", 0, None)
-    saved = int((house.settings.work_dir / job_id / "training" / "step").read_text())
+    saved = saved_step(house, job_id)
     with running(house, job_id):
         assert house.wait_for_pid(job_id, count=2)["resumed_at"] == saved
         house.cancel(job_id)
@@ -241,7 +323,7 @@ def test_heartbeats_keep_a_lease_that_is_shorter_than_the_job(make_house: Make) 
         end = time.monotonic() + 3
         while time.monotonic() < end:
             with house.database.write() as session:
-                assert leases.release_expired(session) == []
+                assert leases.release_expired(session, 3) == []
             time.sleep(0.1)
         house.cancel(job_id)
     assert house.job(job_id).status == "cancelled"
@@ -264,21 +346,8 @@ def take_over(house: House, job_id: str) -> None:
     with house.database.write() as session:
         past = utc_now(session) - timedelta(seconds=1)
         session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=past))
-        assert [job.id for job in leases.release_expired(session)] == [job_id]
+        assert [job.id for job in leases.release_expired(session, 3)] == [job_id]
         assert leases.claim(session, job_id, "worker-2", 60) is not None
-
-
-@SQLITE
-def test_leftovers_of_a_killed_attempt_are_cleared(make_house: Make) -> None:
-    house = make_house("runs_until_stopped")
-    job_id = house.submit()
-    work = house.settings.work_dir / job_id
-    for name in ("out-0", ".draft"):
-        (work / name).mkdir(parents=True)
-    with running(house, job_id):
-        house.wait_for_pid(job_id)
-        house.cancel(job_id)
-    assert sorted(path.name for path in work.iterdir()) == ["lock", "training"]
 
 
 def test_two_workers_one_queue(make_house: Make) -> None:
