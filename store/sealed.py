@@ -2,7 +2,8 @@
 gives none away.
 """
 
-from base64 import urlsafe_b64encode
+import secrets
+from base64 import b64encode, urlsafe_b64encode
 from typing import Final
 
 from cryptography.fernet import Fernet, InvalidToken
@@ -11,7 +12,14 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from store.errors import StoreError
 
+PREFIX: Final = "whsec_"
+"""What Standard Webhooks has secrets begin with, before 24 to 64 bytes in base64."""
 _USE: Final = b"seuf webhook secrets v1"  # another use gets another key
+
+
+def new_secret() -> str:
+    """A secret that a webhook's messages are signed with: 32 random bytes."""
+    return PREFIX + b64encode(secrets.token_bytes(32)).decode()
 
 
 class SealedError(StoreError):

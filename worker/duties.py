@@ -20,6 +20,8 @@ from store.ids import random_base32
 from store.settings import Settings
 from worker.audit import sign_heads
 from worker.life import worker_id
+from worker.uploads import expire_uploads
+from worker.webhooks import deliver, forget_old
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ def release_expired(database: Database, settings: Settings) -> None:
 DUTIES: tuple[Duty, ...] = (
     Duty("release_expired", 2, release_expired),
     Duty("sign_audit", 10, sign_heads),
+    Duty("expire_uploads", 300, expire_uploads),
+    Duty("send_webhooks", 1, deliver),
+    Duty("forget_webhooks", 3600, forget_old),
 )
 
 
