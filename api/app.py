@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 
-from api import audit, checkpoints, estimates, events, files, health, jobs, models, problems
+from api import audit, checkpoints, estimates, events, files, health, jobs, models, problems, webhooks
 from api.auth import KeyMiddleware
 from api.context import Service
 from api.docs import openapi_with_problems
@@ -55,7 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KeyMiddleware, database=service.database, secret=full.secret_bytes())
     app.add_middleware(RequestIdMiddleware)
     app.include_router(health.public)
-    for part in (files, models, jobs, estimates, events, checkpoints, audit, health):
+    for part in (files, models, jobs, estimates, events, checkpoints, webhooks, audit, health):
         app.include_router(part.router)
     _describe(app)
     return app
