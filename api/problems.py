@@ -182,6 +182,8 @@ _STATUS_OF: Final[dict[str, int]] = {
     "name_taken": 409,
     "file_in_use": 409,
     "transition_refused": 409,
+    "too_many_webhooks": 409,
+    "webhook_disabled": 409,
     "invalid_cursor": 422,
 }
 
