@@ -141,6 +141,7 @@ def _serve(
 
     from api.app import create_app
     from cli.child import WorkerProcess
+    from telemetry import logs, tracing
 
     class Announced(uvicorn.Server):
         """Says that it is up once it really answers."""
@@ -150,8 +151,12 @@ def _serve(
             if self.started:
                 announce()
 
+    # A person reads this terminal: what is usual is not told unless they ask for it.
+    logs.configure(settings.log_format, settings.log_level if "log_level" in settings.model_fields_set else "WARNING")
+    if settings.tracing:
+        tracing.start("seuf-api")
     config = uvicorn.Config(
-        create_app(settings), log_level="warning", timeout_graceful_shutdown=STOP_SECONDS, lifespan="on"
+        create_app(settings), log_config=None, timeout_graceful_shutdown=STOP_SECONDS, lifespan="on"
     )
     worker = WorkerProcess(settings) if with_worker else None
     stopping = False

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from store import events, leases
+from store import durations, events, leases
 from store.database import Database
 from store.errors import LeaseLost
 from store.leases import Loss
@@ -147,7 +147,9 @@ class FencedJob:
 
     def succeed(self) -> None:
         """The job is done and its checkpoint published."""
-        self._end(Status.SUCCEEDED, {}, {})
+        with self._session() as session:
+            seconds = durations.of_phases(session, self.job_id, now())
+        self._end(Status.SUCCEEDED, {"phase_seconds": seconds}, {})
 
     def fail(self, code: str, message: str, fix: str | None) -> None:
         """The job ends with an error a person can act on."""

@@ -35,6 +35,7 @@ class JobSpec:
     evaluation: SetRef | None = None
     metadata: Mapping[str, str] | None = None
     request_id: str | None = None
+    traceparent: str | None = None
     max_seconds: float | None = None
     max_memory_bytes: int | None = None
 
@@ -59,6 +60,7 @@ class Jobs(Repository):
             seed=spec.seed,
             meta=dict(spec.metadata or {}),
             request_id=spec.request_id,
+            traceparent=spec.traceparent,
             max_seconds=spec.max_seconds,
             max_memory_bytes=spec.max_memory_bytes,
         )
