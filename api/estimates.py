@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,6 @@ from seuf_core.data.records import Purpose
 from seuf_core.errors import SeufError
 from seuf_core.plan.estimate import estimate
 from seuf_core.plan.facts import Calibration, Machine
-from store.artefacts import Artefacts
 from store.events import Events
 from store.files import artefact_key
 from store.tables import Model
@@ -108,22 +106,13 @@ def estimate_job(body: schemas.JobCreate, service: TheService, caller: TheCaller
 
 
 def _fetched(service: Service, purpose: Purpose, file_id: str, scratch: Path) -> Path:
-    """Where an uploaded set lies on this machine, fetched if the storage is elsewhere."""
-    key = artefact_key(file_id)
+    """An uploaded set as a local file."""
+    path = scratch / f"{purpose}.jsonl"
     try:
-        path = service.artefacts.path(key)
-    except ValueError:
-        path = _copied(service.artefacts, key, scratch / f"{purpose}.jsonl")
-    if not path.is_file():
+        service.artefacts.fetch(artefact_key(file_id), path)
+    except FileNotFoundError as error:
         message = f"The bytes of {file_id} are gone: it was deleted."
-        raise at(f"/{purpose}_set/file", 422, "file_gone", message, "Upload the file again.")
-    return path
-
-
-def _copied(artefacts: Artefacts, key: str, path: Path) -> Path:
-    if artefacts.exists(key):
-        with artefacts.open_read(key) as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        raise at(f"/{purpose}_set/file", 422, "file_gone", message, "Upload the file again.") from error
     return path
 
 

@@ -65,7 +65,7 @@ class Served:
     @property
     def artefacts(self) -> Artefacts:
         """Where its files lie."""
-        return Artefacts(self.settings.artefacts_url)
+        return Artefacts.of(self.settings)
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from seuf_core.errors import Cancelled, DataError, SeufError
 from seuf_core.method import Method
 from store import checkpoints, files
 from store.artefacts import Artefacts
 from store.database import AWAY, Database
-from store.errors import LeaseLost
+from store.errors import LeaseLost, StorageAway
 from store.fenced import FencedJob, Measurement
 from store.settings import Settings
 from store.tables import Checkpoint, Job, Model
@@ -33,7 +33,7 @@ from worker.folders import TRAINING, open_attempt
 from worker.life import StopFlag, die_with_parent
 from worker.progress import JobObserver, attribution_of, insist, selected
 from worker.telling import Assignment, Phases
-from worker.verdict import DATABASE_AWAY, MORE_MEMORY, STOPPED
+from worker.verdict import DATABASE_AWAY, MORE_MEMORY, STOPPED, STORAGE_AWAY
 
 if TYPE_CHECKING:
     from seuf_core.pipeline import UnlearnResult
@@ -53,7 +53,6 @@ class Inputs:
     evaluation: Path | None
     method: Method
     memory: int | None
-    ancestors: tuple[str, ...]
 
 
 class Engine:
@@ -62,7 +61,7 @@ class Engine:
     def __init__(self, settings: Settings, given: Assignment, stop: Callable[[], bool]) -> None:
         self.settings = settings
         self.database = Database(settings.database_url)
-        self.artefacts = Artefacts(settings.artefacts_url)
+        self.artefacts = Artefacts.of(settings)
         self.job = FencedJob(self.database, given.job_id, given.token)
         self.observer = Phases(JobObserver(self.job, stop), given)
 
@@ -73,6 +72,9 @@ class Engine:
         except AWAY:
             log.error("%s: the database stays away", self.job.job_id)
             return DATABASE_AWAY
+        except StorageAway:
+            log.error("%s: the storage stays away", self.job.job_id)
+            return STORAGE_AWAY
         except LeaseLost as lost:
             log.warning("%s", lost.message)
             return 0
@@ -86,6 +88,10 @@ class Engine:
             return STOPPED
         except (LeaseLost, *AWAY):
             raise
+        except StorageAway as away:
+            if not _is_full(away.__cause__):
+                raise
+            self._fail(*_crash(away.__cause__))
         except SeufError as error:
             code = "OUT_OF_MEMORY" if error.code == "out_of_memory" else error.code
             self._fail(code, error.message, error.fix)
@@ -97,10 +103,11 @@ class Engine:
 
     def _call(self) -> tuple["UnlearnResult", Path]:
         """The result and the folder of its checkpoint."""
-        inputs = self._inputs()
+        job, model, ancestors = insist(self._rows)
         unlearn = _load(self.settings.engine_entry)
         insist(self.job.check)
-        folder = open_attempt(self.settings.work_dir, self.job.job_id, self.job.token, inputs.ancestors)
+        folder = open_attempt(self.settings.work_dir, self.job.job_id, self.job.token, ancestors)
+        inputs = self._inputs(job, model, folder / "sets")
         result = unlearn(
             inputs.model,
             inputs.forget,
@@ -116,18 +123,18 @@ class Engine:
         )
         return cast("UnlearnResult", result), folder / "checkpoint"
 
-    def _inputs(self) -> Inputs:
-        job, model, ancestors = insist(self._rows)
-        forget = self._set("/forget_set", job.forget_file, job.forget_sha256)
+    def _inputs(self, job: Job, model: Model, sets: Path) -> Inputs:
+        forget = self._set(sets / "forget.jsonl", "/forget_set", job.forget_file, job.forget_sha256)
         assert forget is not None
         return Inputs(
             Path(model.path),
             forget,
-            self._set("/retain_set", job.retain_file, job.retain_sha256),
-            self._set("/evaluation_set", job.evaluation_file, job.evaluation_sha256),
+            self._set(sets / "retain.jsonl", "/retain_set", job.retain_file, job.retain_sha256),
+            self._set(
+                sets / "evaluation.jsonl", "/evaluation_set", job.evaluation_file, job.evaluation_sha256
+            ),
             Method.model_validate(job.method),
             job.max_memory_bytes,
-            ancestors,
         )
 
     def _rows(self) -> tuple[Job, Model, tuple[str, ...]]:
@@ -140,16 +147,18 @@ class Engine:
                 before = session.get_one(Job, before).retry_of
             return job, session.get_one(Model, job.model_id), tuple(ancestors)
 
-    def _set(self, pointer: str, file_id: str | None, sha256: str | None) -> Path | None:
-        """Where a set's bytes lie, once they are known to be the ones that were submitted."""
+    def _set(self, path: Path, pointer: str, file_id: str | None, sha256: str | None) -> Path | None:
+        """A set as the local file `path`, once its bytes are known to be the ones that were submitted."""
         if file_id is None:
             return None
-        path = self.artefacts.path(files.artefact_key(file_id))
-        if not path.is_file():
+        try:
+            insist(lambda: self.artefacts.fetch(files.artefact_key(file_id), path))
+        except FileNotFoundError as error:
             message = (
                 f"The bytes of {file_id} are gone: it was deleted, or this worker cannot see the storage."
             )
-            raise DataError("file_gone", message, "Upload the file again and submit a new job.", pointer)
+            fix = "Upload the file again and submit a new job."
+            raise DataError("file_gone", message, fix, pointer) from error
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
@@ -170,7 +179,7 @@ class Engine:
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         manifest = result.manifest.model_dump(mode="json")
         insist(self.job.check)
-        self.artefacts.put_folder(out, key)
+        insist(lambda: self.artefacts.put_folder(out, key))
 
         def write() -> None:
             with self.job.together():
@@ -186,7 +195,8 @@ class Engine:
         except LeaseLost:
             if insist(lambda: self._is_published(checkpoint_id)):
                 return  # committed, and the database went away before it could say so
-            self.artefacts.delete(key)
+            with suppress(StorageAway):  # then a sweep does it
+                self.artefacts.delete(key)
             raise
 
     def _is_published(self, checkpoint_id: str) -> bool:
@@ -213,7 +223,7 @@ def _crash(error: Exception) -> tuple[str, str, str | None]:
     where = f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "OUT_OF_MEMORY", f"The engine ran out of memory ({where}).", MORE_MEMORY
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if _is_full(error):
         return "DISK_FULL", f"There is no room left on a disk ({where}).", MORE_ROOM
     log.error("unforeseen error\n%s", "".join(traceback.format_tb(error.__traceback__)))
     return (
@@ -221,6 +231,10 @@ def _crash(error: Exception) -> tuple[str, str, str | None]:
         f"The engine met an error it does not know ({where}).",
         "Report it with the job's id.",
     )
+
+
+def _is_full(error: BaseException | None) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from seuf_core.errors import Cancelled
 from store.database import AWAY
+from store.errors import StorageAway
 from store.fenced import AttributionResult, FencedJob, Selected
 
 T = TypeVar("T")
@@ -24,12 +25,12 @@ RETRY_SECONDS = (0.5, 1, 2, 4, 8, 15)
 
 
 def insist(act: Callable[[], T]) -> T:
-    """Do `act`, again if the database is away for a moment; its result."""
+    """Do `act`, again if the database or the storage is away for a moment; its result."""
     for pause in RETRY_SECONDS:
         try:
             return act()
-        except AWAY as error:
-            log.warning("database away (%s); again in %.1f s", type(error).__name__, pause)
+        except (*AWAY, StorageAway) as error:
+            log.warning("database or storage away (%s); again in %.1f s", type(error).__name__, pause)
             time.sleep(pause)
     return act()
 

@@ -10,6 +10,8 @@ STOPPED = 3
 """Exit code of an engine that stopped because it was asked to, after a training checkpoint."""
 DATABASE_AWAY = 4
 """Exit code of an engine that could not reach the database for longer than a restart of it takes."""
+STORAGE_AWAY = 5
+"""Exit code of an engine that could not reach the storage of sets and checkpoints for so long."""
 
 MORE_MEMORY = "Use a smaller batch_size or max_length, or a machine with more memory, then submit again."
 _TRY_AGAIN = (
@@ -95,6 +97,8 @@ def verdict(exit_code: int, kills: KernelKills | None) -> Loss:
         )
     if exit_code == DATABASE_AWAY:
         return Loss("ENGINE_LOST", "The engine could not reach the database.", _TRY_AGAIN)
+    if exit_code == STORAGE_AWAY:
+        return Loss("ENGINE_LOST", "The engine could not reach the storage of files.", _TRY_AGAIN)
     return Loss(
         "ENGINE_CRASHED",
         f"The engine ended without a result (exit code {exit_code}).",

@@ -40,7 +40,7 @@ class House:
 
     @property
     def artefacts(self) -> Artefacts:
-        return Artefacts(self.settings.artefacts_url)
+        return Artefacts.of(self.settings)
 
     def upload(self, text: str, purpose: str = "forget") -> SetRef:
         """A file with its bytes."""
