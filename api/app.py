@@ -32,7 +32,7 @@ and what it keeps. Every error is a problem document (RFC 9457) with a stable `c
 def create_app(settings: Settings) -> FastAPI:
     """The API on the database and the storage of `settings`; the database must be migrated already."""
     full = settings if isinstance(settings, ApiSettings) else ApiSettings(**settings.model_dump())
-    service = Service(full, Database(full.database_url), Artefacts(full.artefacts_url))
+    service = Service(full, Database(full.database_url), Artefacts.of(full))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
