@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -24,6 +25,10 @@ _BYTES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"application/octet-stream": {}}, "description": "The whole file."},
     206: {"content": {"application/octet-stream": {}}, "description": "The range asked for."},
     304: {"description": "The file of this ETag."},
+    307: {
+        "description": "The object store has the bytes. `Location` is signed and opens them for a minute, without "
+        "the key of this service: send `Range` there too, and never `Authorization`."
+    },
 }
 
 
@@ -31,14 +36,17 @@ _BYTES: Final[dict[int | str, dict[str, Any]]] = {
 def get_checkpoint(checkpoint_id: str, service: TheService, caller: TheCaller) -> schemas.Checkpoint:
     """A checkpoint's manifest: its files with sizes and digests, its base model, and what changed."""
     row = _find(service, caller.tenant, checkpoint_id)
-    files = list(_files(service, row).values())
+    files = [
+        schemas.CheckpointFile(name=file.name, bytes=file.bytes, sha256=file.sha256)
+        for file in (*_listed(service, row), _manifest(service, row))
+    ]
     here = f"/checkpoints/{row.id}"
     return schemas.Checkpoint(
         id=row.id,
         job=row.job_id,
         created_at=row.created_at,
         bytes=sum(file.bytes for file in files),
-        files=[schemas.CheckpointFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in files],
+        files=files,
         manifest=row.manifest,
         links={
             "self": here,
@@ -86,32 +94,37 @@ def _find(service: Service, tenant: str, checkpoint_id: str) -> Checkpoint:
 
 def _named(service: Service, row: Checkpoint, name: str) -> ServedFile:
     """The file of this name; only names that the manifest lists exist, so none leads out of the folder."""
-    file = _files(service, row).get(name)
-    if file is None:
-        raise Problem(
-            404,
-            "checkpoint_file_not_found",
-            f"{row.id} has no file {name!r}.",
-            f"GET /checkpoints/{row.id} lists its files.",
-        )
-    return file
+    if name == MANIFEST:
+        return _manifest(service, row)
+    for file in _listed(service, row):
+        if file.name == name:
+            return file
+    raise Problem(
+        404,
+        "checkpoint_file_not_found",
+        f"{row.id} has no file {name!r}.",
+        f"GET /checkpoints/{row.id} lists its files.",
+    )
 
 
-def _files(service: Service, row: Checkpoint) -> dict[str, ServedFile]:
-    """By name: every file of the manifest, and the manifest itself, last as it was written."""
-    root = artefact_key(row.id)
-    files = {
-        entry["name"]: ServedFile(
-            partial(service.artefacts.open_read, f"{root}/{entry['name']}"),
-            entry["name"],
-            entry["bytes"],
-            entry["sha256"],
-        )
-        for entry in row.manifest["files"]
-    }
-    # The manifest cannot hold its own digest; it is a few kilobytes, so it is read for it.
-    opened = partial(service.artefacts.open_read, f"{root}/{MANIFEST}")
-    with opened() as stream:
+def _listed(service: Service, row: Checkpoint) -> Iterator[ServedFile]:
+    for entry in row.manifest["files"]:
+        yield _served(service, row, entry["name"], entry["bytes"], entry["sha256"])
+
+
+def _manifest(service: Service, row: Checkpoint) -> ServedFile:
+    """The manifest cannot hold its own digest; it is a few kilobytes, so it is read for it."""
+    with service.artefacts.open_read(f"{artefact_key(row.id)}/{MANIFEST}") as stream:
         content = stream.read()
-    files[MANIFEST] = ServedFile(opened, MANIFEST, len(content), hashlib.sha256(content).hexdigest())
-    return files
+    return _served(service, row, MANIFEST, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _served(service: Service, row: Checkpoint, name: str, size: int, sha256: str) -> ServedFile:
+    key, settings = f"{artefact_key(row.id)}/{name}", service.settings
+
+    def signed_url(headers: dict[str, str]) -> str | None:
+        if not settings.s3_redirect:
+            return None
+        return service.artefacts.signed_url(key, settings.s3_redirect_seconds, headers)
+
+    return ServedFile(partial(service.artefacts.open_read, key), signed_url, name, size, sha256)

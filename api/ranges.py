@@ -1,11 +1,16 @@
-"""Serving one immutable file: strong ETag, Range, If-Range, If-None-Match, HEAD (RFC 9110, RFC 9530)."""
+"""Serving one immutable file: strong ETag, Range, If-Range, If-None-Match, HEAD (RFC 9110, RFC 9530).
+
+Its bytes go through this process a piece at a time, or the client is sent on to the object store that has them.
+"""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO, Final
+from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -13,13 +18,25 @@ from fastapi.responses import Response, StreamingResponse
 from api.problems import Problem
 
 CHUNK: Final = 1 << 20
+"""Bytes read at once, each time in a thread: smaller pieces cost speed (a quarter of it at 256 KiB), larger ones only
+memory. benchmarks/service.py compares with nginx.
+"""
 
 
 @dataclass(frozen=True)
 class ServedFile:
-    """A file whose digest is known: `open` gives it (seekable), `bytes` is its size, `sha256` hexadecimal."""
+    """A file whose digest is known.
 
-    open: Callable[[], BinaryIO]
+    Attributes:
+        open: gives its bytes (seekable).
+        signed_url: where the bytes lie elsewhere: an address whose answer has the given headers; else None.
+        name: as the manifest has it, with slashes.
+        bytes: its size.
+        sha256: hexadecimal.
+    """
+
+    open: Callable[[], AbstractContextManager[BinaryIO]]
+    signed_url: Callable[[dict[str, str]], str | None]
     name: str
     bytes: int
     sha256: str
@@ -36,9 +53,17 @@ class ServedFile:
             "ETag": self.etag,
             "Accept-Ranges": "bytes",
             "Repr-Digest": f"sha-256=:{digest}:",
+            "X-Content-Type-Options": "nosniff",
+            **self.content_headers(),
+        }
+
+    def content_headers(self) -> dict[str, str]:
+        """Those that an object store can be asked to send as well."""
+        return {
+            "Content-Type": "application/json" if self.name.endswith(".json") else "application/octet-stream",
             # Private: an unlearned model is nothing for a shared cache. Immutable: the id names these bytes.
             "Cache-Control": "private, max-age=31536000, immutable",
-            "Content-Disposition": f'attachment; filename="{self.name.rpartition("/")[2]}"',
+            "Content-Disposition": _attachment(self.name.rpartition("/")[2]),
         }
 
 
@@ -49,19 +74,30 @@ def serve(request: Request, file: ServedFile) -> Response:
         Problem: 416 when the range lies outside the file.
     """
     headers = file.headers()
-    media_type = "application/json" if file.name.endswith(".json") else "application/octet-stream"
     if _names(request.headers.get("if-none-match"), file.etag):
         return Response(status_code=304, headers=headers)
     if request.method == "HEAD":
         # Range is defined for GET only (RFC 9110, 14.2).
         headers["Content-Length"] = str(file.bytes)
-        return Response(headers=headers, media_type=media_type)
+        return Response(headers=headers)
     span = _span(request, file)
+    if (url := file.signed_url(file.content_headers())) is not None:
+        # The client repeats its Range there. An address that opens a file is nothing to keep.
+        return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
     status, (start, end) = (200, (0, file.bytes)) if span is None else (206, span)
     if span is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.bytes}"
     headers["Content-Length"] = str(end - start)
-    return StreamingResponse(_read(file, start, end), status, headers=headers, media_type=media_type)
+    # Opened before the first header goes out: a storage that is away is a 503, not a 200 that breaks off.
+    stack = ExitStack()
+    stream = stack.enter_context(file.open())
+    return StreamingResponse(_read(stack, stream, start, end), status, headers=headers)
+
+
+def _attachment(name: str) -> str:
+    """Content-Disposition of a file that is saved under `name`, whatever characters it has (RFC 6266)."""
+    plain = "".join(c for c in name if c.isascii() and c.isprintable() and c not in '"\\%')
+    return f'attachment; filename="{plain}"' + ("" if plain == name else f"; filename*=UTF-8''{quote(name, safe='')}")
 
 
 def _names(if_none_match: str | None, etag: str) -> bool:
@@ -111,8 +147,8 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
-def _read(file: ServedFile, start: int, end: int) -> Iterator[bytes]:
-    with file.open() as stream:
+def _read(closing: ExitStack, stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    with closing:
         stream.seek(start)
         left = end - start
         while left and (chunk := stream.read(min(CHUNK, left))):
