@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from api import schemas, views
 from api.context import TheCaller, TheService, audit, needs
 from api.docs import problems
+from api.idempotency import TheOnce
 from api.problems import at, from_seuf_error
 from seuf_core.checkpoint.inspect import inspect_model
 from seuf_core.errors import ModelError
@@ -20,10 +21,16 @@ from store.models import Models
 router = APIRouter(prefix="/models", tags=["models"])
 
 
-@router.post("", dependencies=[needs("models:write")], status_code=201, responses=problems(400, 409, 422))
+@router.post(
+    "",
+    dependencies=[needs("models:write")],
+    status_code=201,
+    response_model=schemas.Model,
+    responses=problems(400, 409, 413, 422),
+)
 def register_model(
-    body: schemas.ModelCreate, response: Response, service: TheService, caller: TheCaller
-) -> schemas.Model:
+    body: schemas.ModelCreate, service: TheService, caller: TheCaller, once: TheOnce
+) -> Response:
     """Register a model folder: safetensors of a known Mixture-of-Experts family, or of a dense model.
 
     Only headers are read, so this takes milliseconds at any size. Code in the folder is never run.
@@ -42,8 +49,7 @@ def register_model(
             detail = f"A model named {body.name!r} is registered already."
             raise at("/name", 409, "name_taken", detail, "Choose another name.") from error
         audit(session, caller, "model.create", row.id)
-    response.headers["Location"] = f"/models/{row.id}"
-    return views.model(row)
+        return once.answer(session, 201, views.model(row), {"Location": f"/models/{row.id}"})
 
 
 def _allowed(given: str, roots: tuple[Path, ...]) -> Path:

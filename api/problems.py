@@ -18,14 +18,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from api.validation import field_errors
 from seuf_core.errors import SeufError
 from store.errors import NotFoundError, StoreError
+from telemetry import logs
 
 MEDIA_TYPE: Final = "application/problem+json"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
+RETRY_SECONDS: Final = 5  # what Retry-After says when a part of the service is away: a restart takes about as long
 log = logging.getLogger("seuf.api")
 
 
@@ -39,7 +42,8 @@ class FieldError:
         pointer: JSON pointer into the body, "" for the whole body; None when the place is not in the body.
         parameter: name of a query, path or header parameter; None when the place is in the body.
         fix: what to do, when there is one thing to do.
-        line: line number (from 1) inside an uploaded file.
+        line: line number (from 1) inside an uploaded file; of a Parquet file the row.
+        field: field (column) of that line.
     """
 
     code: str
@@ -48,10 +52,11 @@ class FieldError:
     parameter: str | None = None
     fix: str | None = None
     line: int | None = None
+    field: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The fields that say something, in reading order."""
-        names = ("pointer", "parameter", "line", "code", "detail", "fix")
+        names = ("pointer", "parameter", "line", "field", "code", "detail", "fix")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -181,10 +186,31 @@ _STATUS_OF: Final[dict[str, int]] = {
     "not_found": 404,
     "name_taken": 409,
     "file_in_use": 409,
+    "file_deleted": 410,
+    "file_too_large": 413,
+    "upload_complete": 409,
+    "upload_incomplete": 409,
+    "upload_changed": 409,
+    "too_many_uploads": 409,
     "transition_refused": 409,
     "too_many_webhooks": 409,
     "webhook_disabled": 409,
     "invalid_cursor": 422,
+    "unknown_scope": 422,
+    "missing_scope": 403,
+    "expiry_refused": 422,
+    "too_many_keys": 409,
+    "key_ended": 409,
+    "quota_exceeded": 429,
+    "idempotency_key_reused": 422,
+    "request_in_flight": 409,
+    "storage_away": 503,
+}
+# Seconds after which it may be otherwise.
+_RETRY_AFTER: Final[dict[str, int]] = {
+    "storage_away": RETRY_SECONDS,
+    "request_in_flight": 1,
+    "quota_exceeded": 60,
 }
 
 
@@ -197,7 +223,9 @@ async def _store_problem(request: Request, error: Exception) -> JSONResponse:
     errors = []
     if error.code == "invalid_cursor":
         errors = [FieldError(error.code, error.message, parameter="cursor", fix=error.fix)]
-    return respond(Problem(status, code, error.message, error.fix, errors=errors), request_id_of(request))
+    headers = {"Retry-After": str(_RETRY_AFTER[error.code])} if error.code in _RETRY_AFTER else None
+    problem = Problem(status, code, error.message, error.fix, errors=errors, headers=headers)
+    return respond(problem, request_id_of(request))
 
 
 async def _unstorable(request: Request, _error: Exception) -> JSONResponse:
@@ -210,7 +238,13 @@ async def _unstorable(request: Request, _error: Exception) -> JSONResponse:
 
 async def _crash(request: Request, error: Exception) -> JSONResponse:
     request_id = request_id_of(request)
-    log.error("request %s %s %s crashed", request_id, request.method, request.url.path, exc_info=error)
+    with logs.about(request_id=request_id):
+        if isinstance(error, ClientDisconnect):
+            log.info("the client left before its request was whole")
+        else:
+            # The route, not the address: that may hold anything.
+            route = getattr(request.scope.get("route"), "path_format", "no route")
+            log.error("%s %s crashed", request.method, route, exc_info=error)
     problem = Problem(
         500,
         "internal_error",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import attribute, audit, checkpoints, files, jobs, keys, models, plan, reference, run, up
+from cli import attribute, audit, checkpoints, files, jobs, keys, models, plan, reference, run, tenants, up
 from cli.errors import explain
 from cli.method import MethodCommand
 
@@ -82,6 +82,7 @@ app.command("verify", epilog=_example("seuf verify ./unlearned"))(checkpoints.ve
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
 app.add_typer(keys.app, name="keys")
+app.add_typer(tenants.app, name="tenants")
 app.add_typer(audit.app, name="audit")
 app.add_typer(reference.app, name="reference")
 

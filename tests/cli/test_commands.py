@@ -13,6 +13,7 @@ COMMANDS = {
     *("up", "submit", "watch", "get", "list", "cancel", "download", "run", "plan", "attribute"),
     *("apply-delta", "verify", "reference build"),
     *("models add", "models list", "files upload", "files list", "keys create", "keys list", "keys revoke"),
+    *("keys rotate", "tenants create", "tenants list", "tenants set"),
 }
 
 
@@ -68,22 +69,6 @@ def test_without_a_service_the_fix_is_named(shell):
     nobody = shell.run("list", "--url", "http://127.0.0.1:9", "--key", "k")
     assert "cannot be reached" in nobody.stderr
     assert len(nobody.stderr.splitlines()) == 1
-
-
-def test_keys_are_made_shown_and_revoked(shell):
-    from store import migrate
-
-    url = f"sqlite:///{shell.home / 'seuf.db'}"
-    migrate.upgrade(url)
-    environment = {"SEUF_DATABASE_URL": url, "SEUF_SECRET": "s"}
-    made = json.loads(shell.run("keys", "create", "--name", "ci", "--json", **environment).stdout)
-    assert made["key"].startswith("seuf_")
-    assert shell.run("keys", "revoke", made["id"], **environment).returncode == 0
-    (row,) = json.loads(shell.run("keys", "list", "--json", **environment).stdout)
-    assert (row["name"], row["revoked"]) == ("ci", True)
-    assert made["key"] not in str(row)
-    unknown = shell.run("keys", "revoke", "key_nobody", **environment)
-    assert (unknown.returncode, unknown.stderr.startswith("error: ")) == (1, True)
 
 
 def test_run_refuses_before_it_loads_anything(shell, tiny_model):

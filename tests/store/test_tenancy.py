@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -24,9 +25,16 @@ from store.keys import Keys
 from store.models import Models
 from store.repository import Repository
 from store.results import Results
+from store.tenants import Quota
 from tests.seeds import add_file, add_model, add_running, everything, get_job
 
 Act = Callable[[Session, str, dict[str, str]], Any]
+
+
+
+def _used(session: Session, tenant: str, ids: dict[str, str]) -> int:
+    return Quota(session, tenant).used().stored_bytes
+
 
 # What each method shows of another tenant's row: "missing" (NotFoundError) or "empty".
 WALK: dict[tuple[type[Repository], str], tuple[str, Act]] = {
@@ -48,6 +56,9 @@ WALK: dict[tuple[type[Repository], str], tuple[str, Act]] = {
     (Results, "attribution"): ("empty", lambda s, t, ids: Results(s, t).attribution(ids["job"])),
     (Results, "selection"): ("empty", lambda s, t, ids: Results(s, t).selection(ids["job"])),
     (Results, "metrics"): ("empty", lambda s, t, ids: Results(s, t).metrics(ids["job"])),
+    (Keys, "get"): ("missing", lambda s, t, ids: Keys(s, t).get(ids["key"])),
+    (Keys, "rotate"): ("missing", lambda s, t, ids: Keys(s, t).rotate(ids["key"], b"s", timedelta(0))),
+    (Quota, "used"): ("empty", _used),
     (Keys, "list"): ("empty", lambda s, t, ids: Keys(s, t).list().data),
     (Keys, "revoke"): ("missing", lambda s, t, ids: Keys(s, t).revoke(ids["key"])),
     (Audit, "list"): ("empty", lambda s, t, ids: Audit(s, t).list()),
