@@ -12,13 +12,12 @@ from typing import Final
 
 from benchmarks.chaos import moments
 from benchmarks.chaos.keeper import Program, descendants
+from benchmarks.chaos.moments import PATIENCE_SECONDS
 from benchmarks.chaos.orders import PHASES, Order
 from benchmarks.chaos.scene import Scene
 
 Fault = Callable[[Scene], None]
 
-PATIENCE_SECONDS: Final = 8.0
-"""How long a fault waits for a job in the phase it wants."""
 # How far into a phase a kill may come: about as long as the phase takes on a busy machine.
 SPREAD: Final = {
     "claimed": 0.1,
@@ -34,9 +33,10 @@ def _job(scene: Scene) -> Order | None:
     """A job that a worker holds, in a random moment of a random phase."""
     phase = scene.rng.choice(PHASES[1:])
     delay = scene.rng.uniform(0, SPREAD[phase])
-    if not scene.until(lambda: bool(scene.held(phase)), PATIENCE_SECONDS):
+    scene.until(lambda: bool(scene.held(phase)) or not scene.ledger.open, PATIENCE_SECONDS)
+    order = next(iter(scene.held(phase)), None)
+    if order is None:
         return None
-    order = scene.held(phase)[0]
     scene.nap(delay)
     return order if order in scene.held() else None
 

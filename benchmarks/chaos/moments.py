@@ -22,6 +22,8 @@ from store.tables import Checkpoint, OutboxMessage
 BOUNDARY: Final = "seuf-chaos"
 QUEUE: Final = "seuf"
 STEP_SECONDS: Final = 0.003
+PATIENCE_SECONDS: Final = 8.0
+"""How long a fault waits for a job in the phase it wants."""
 
 
 def idle(scene: Scene, api: Program) -> None:
@@ -105,7 +107,7 @@ def before_mark(scene: Scene, dispatcher: Program) -> None:
     if dispatcher.pid is None:
         return
     broker = redis.Redis(port=scene.service.ports["redis"])
-    with suppress(redis.RedisError), scene.service.database.engine.connect() as lock:
+    with suppress(redis.RedisError), scene.service.database.writing_engine.connect() as lock:
         # A lock that lets inserts through (a submit) and updates not (the mark, and a worker's claim).
         lock.execute(text("SET LOCAL lock_timeout = '2s'"))
         order = _submit_next(scene)
@@ -142,12 +144,13 @@ def unpublished(scene: Scene) -> None:
 
     On Postgres a lock keeps the row from being written; on SQLite the kill only has to be fast.
     """
-    if not scene.until(lambda: bool(scene.held("evaluating") or scene.held("publishing")), 8):
+    late = lambda: scene.held("publishing") or scene.held("evaluating")  # noqa: E731
+    scene.until(lambda: bool(late()) or not scene.ledger.open, PATIENCE_SECONDS)
+    order = next(iter(late()), None)
+    if order is None or order.state is None:
         return
-    order = (scene.held("publishing") or scene.held("evaluating"))[0]
-    assert order.state is not None
     before = _folders(scene)
-    with scene.service.database.engine.connect() as lock:
+    with scene.service.database.writing_engine.connect() as lock:
         if scene.service.lane == "celery":
             lock.execute(text("SET LOCAL lock_timeout = '2s'"))
             lock.execute(text("LOCK TABLE checkpoints IN SHARE MODE"))

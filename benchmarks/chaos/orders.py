@@ -132,6 +132,11 @@ class Ledger:
         return next((order for order in self.orders if not order.ids), None)
 
     @property
+    def submitted(self) -> int:
+        """How many have been."""
+        return sum(bool(order.ids) for order in self.orders)
+
+    @property
     def done(self) -> bool:
         """Has everything ended?"""
         return all(order.ended for order in self.orders)

@@ -25,6 +25,8 @@ CANCELLED_SHARE = 0.14
 """Of the jobs: two in each phase when there are a hundred."""
 MAX_GAP_SECONDS = 2.5
 """Between two kills, beside the time each waits for its moment."""
+AHEAD = 4
+"""Jobs that wait or run while the next kill is due."""
 TROUBLE_EVERY = 9
 """Kills between two troubles."""
 
@@ -66,8 +68,7 @@ def play(lane: Lane, folder: Path, jobs: int, kills: int, rng: random.Random, se
         drawn = orders.draw(jobs, rng, cancels=math.ceil(CANCELLED_SHARE * jobs))
         ledger = Ledger(running, inputs, drawn, "chaos")
         scene = Scene(running, ledger, rng)
-        # A job comes when it is due by the kills that have been done: so all kills meet a service at work.
-        ledger.may_submit = lambda number: number <= scene.kills / kills * jobs + 2
+        ledger.may_submit = lambda number: number < _due(scene, jobs, kills)
         _strike(scene, kills, seconds)
         ledger.may_submit = lambda _: True
         _finish(scene, seconds - scene.seconds())
@@ -89,6 +90,14 @@ def play(lane: Lane, folder: Path, jobs: int, kills: int, rng: random.Random, se
     left = list(marked(running.keeper.mark))
     result.left_processes = len(left)
     return result
+
+
+def _due(scene: Scene, jobs: int, kills: int) -> float:
+    """How many jobs have come by now: as many as the kills that have been done, and some ahead, so that all kills meet
+    a service at work; and one when nothing is left to do, unless it is one of the last."""
+    due = AHEAD + scene.kills / kills * max(0, jobs - AHEAD)
+    idle = not scene.ledger.open and scene.ledger.submitted < jobs - AHEAD
+    return max(due, scene.ledger.submitted + 1) if idle else due
 
 
 def _strike(scene: Scene, kills: int, seconds: float) -> None:
