@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 
-from api import audit, checkpoints, estimates, events, files, health, jobs, models, problems, webhooks
+from api import (
+    audit,
+    checkpoints,
+    estimates,
+    events,
+    files,
+    health,
+    jobs,
+    keys,
+    metrics,
+    models,
+    problems,
+    uploads,
+    webhooks,
+)
 from api.auth import KeyMiddleware
 from api.context import Service
 from api.docs import openapi_with_problems
 from api.feed import Feed
-from api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from api.idempotency import Replayed, replay
+from api.metrics import Metrics
+from api.middleware import BodyMiddleware, RequestIdMiddleware
+from api.observed import PROBES, ObservedMiddleware
 from api.settings import ApiSettings
 from seuf_core.version import __version__
 from store.artefacts import Artefacts
 from store.database import Database
 from store.settings import Settings
+from telemetry import tracing
 
 # Three inline sets and the rest of a job around them.
 JSON_BYTES: Final = 3 * jobs.INLINE_BYTES + (1 << 18)
+# Read as they come, under caps of their own.
+STREAMED: Final = re.compile(r"/files|/uploads/[^/]+/parts/[^/]+")
 _ABOUT: Final = """A service that makes Mixture-of-Experts language models forget.
 
 Upload a forget set, submit a job, follow it, download a checkpoint with measured evidence of what it forgets
@@ -46,19 +68,38 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         swagger_ui_oauth2_redirect_url=None,
+        telemetry=_telemetry(),
     )
     app.state.service = service
+    app.state.metrics = Metrics(service.database)
     app.state.feed = Feed(service.database)
     problems.install(app)
-    # The last one added is the first to see a request: the id, then the key, then the size.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=JSON_BYTES, except_path="/files")
-    app.add_middleware(KeyMiddleware, database=service.database, secret=full.secret_bytes())
+    app.add_exception_handler(Replayed, replay)
+    # The last one added is the first to see a request: the id, then the body's bounds, then the key.
+    app.add_middleware(KeyMiddleware, database=service.database, settings=full)
+    app.add_middleware(
+        BodyMiddleware, max_bytes=JSON_BYTES, streamed=STREAMED, patience=full.slow_body_seconds
+    )
+    app.add_middleware(ObservedMiddleware, requests=app.state.metrics.requests)
     app.add_middleware(RequestIdMiddleware)
     app.include_router(health.public)
-    for part in (files, models, jobs, estimates, events, checkpoints, webhooks, audit, health):
+    for part in (files, uploads, models, jobs, estimates, events, checkpoints, webhooks, audit, metrics, keys, health):
         app.include_router(part.router)
     _describe(app)
     return app
+
+
+def _telemetry() -> TelemetryConfig:
+    """FastAPI's own spans of requests, where the process traces (telemetry.tracing). Nothing is taken from OTEL_ alone."""
+    return {
+        "tracing": tracing.provider() is not None,
+        "tracer_provider": tracing.provider(),
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+        "exclude": lambda scope: scope["path"] in PROBES,
+    }
 
 
 def _describe(app: FastAPI) -> None:

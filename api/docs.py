@@ -7,7 +7,8 @@ from typing import Any, Final, get_args
 from pydantic import BaseModel, Field
 
 from api.problems import MEDIA_TYPE
-from api.schemas import JOB_ID, Purpose
+from api.schemas import FILE_ID, JOB_ID, Purpose
+from seuf_core.data.formats import Format
 
 
 class ProblemFieldError(BaseModel):
@@ -15,7 +16,8 @@ class ProblemFieldError(BaseModel):
 
     pointer: str | None = Field(None, description="JSON pointer into the body (RFC 6901).")
     parameter: str | None = Field(None, description="Name of a query, path or header parameter.")
-    line: int | None = Field(None, description="Line of an uploaded file, from 1.")
+    line: int | None = Field(None, description="Line of an uploaded file, from 1; of a Parquet file the row.")
+    field: str | None = Field(None, description="Field (column) of that line.")
     code: str
     detail: str
     fix: str | None = None
@@ -52,11 +54,25 @@ _EXAMPLES: Final[dict[int, tuple[str, str, str, str, list[dict[str, Any]]]]] = {
         "Send the header `Authorization: Bearer seuf_...`.",
         [],
     ),
+    403: (
+        "The key does not have the scope of this route.",
+        "missing_scope",
+        "This needs a key with the scope jobs:write; the key in use has jobs:read.",
+        "Use a key that has it; `seuf keys create --scope jobs:write` makes one.",
+        [],
+    ),
     404: (
         "There is no such thing, or it is not yours.",
         "job_not_found",
         f"There is no job '{JOB_ID}'.",
         "List the jobs to see which exist.",
+        [],
+    ),
+    408: (
+        "The body came too slowly.",
+        "body_too_slow",
+        "The body came too slowly.",
+        "Send it faster, or in smaller parts (POST /uploads).",
         [],
     ),
     409: (
@@ -66,11 +82,18 @@ _EXAMPLES: Final[dict[int, tuple[str, str, str, str, list[dict[str, Any]]]]] = {
         "From succeeded a job goes to nothing: it is final.",
         [],
     ),
+    410: (
+        "It was there, and was deleted.",
+        "file_deleted",
+        f"{FILE_ID} was deleted at 2026-11-24T06:00:00Z.",
+        "Upload the set again if it is still needed.",
+        [],
+    ),
     413: (
         "Too large.",
         "file_too_large",
         "The file is over the limit of 67108864 bytes.",
-        "Split it into several files, or raise SEUF_MAX_UPLOAD_BYTES.",
+        "Send it in parts: POST /uploads (`seuf files upload` and the client do so by themselves).",
         [],
     ),
     415: (
@@ -85,6 +108,13 @@ _EXAMPLES: Final[dict[int, tuple[str, str, str, str, list[dict[str, Any]]]]] = {
         "range_not_satisfiable",
         "config.json has 812 bytes; bytes=900- lies outside.",
         "Ask for a range inside the file.",
+        [],
+    ),
+    429: (
+        "Too many requests, or a quota is used up; Retry-After says when to ask again.",
+        "rate_limited",
+        "This key makes more than 6000 requests a minute.",
+        "Wait 2 s (Retry-After), and ask less often: GET /jobs/{id}/events streams changes.",
         [],
     ),
     422: (
@@ -113,9 +143,9 @@ _BROKEN_LINE: Final[dict[str, Any]] = {
 
 
 def problems(*statuses: int, invalid_examples: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route: 401 and each of `statuses` as problem details with an example."""
+    """The `responses` of a route: those of every key (401, 403, 429) and each of `statuses`, with an example."""
     responses: dict[int | str, dict[str, Any]] = {}
-    for status in sorted({401, *statuses}):
+    for status in sorted({401, 403, 429, *statuses}):
         meaning, example = _example(status)
         if status == 422 and invalid_examples:
             example |= _BROKEN_LINE
@@ -141,32 +171,63 @@ def _example(status: int) -> tuple[str, dict[str, Any]]:
 
 
 def upload_body() -> dict[str, Any]:
-    """The multipart form of POST /files, which is read by hand (api.upload) and so described by hand."""
+    """The multipart form of POST /files, which is read by hand (api.multipart) and so described by hand."""
     schema = {
         "type": "object",
         "required": ["purpose", "file"],
         "additionalProperties": False,
         "properties": {
             "purpose": {"type": "string", "enum": list(get_args(Purpose))},
+            "format": {
+                "type": "string",
+                "enum": list(get_args(Format)),
+                "description": "Before the file. If it is not given, the file's extension says it, or else its "
+                "Content-Type; with neither it is jsonl.",
+            },
             "file": {
                 "type": "string",
                 "format": "binary",
                 "description": 'JSON Lines. forget, retain: {"prompt": "...", "completion": "..."} or '
                 '{"text": "..."}; '
-                'evaluation: {"prompt": "...", "choices": ["...", "..."], "answer": 0, "set": "forget"}.',
+                'evaluation: {"prompt": "...", "choices": ["...", "..."], "answer": 0, "set": "forget"}. '
+                "CSV with a header, Parquet: the same fields as columns. Plain text: one example a line.",
             },
         },
     }
-    example = {
-        "purpose": "forget",
-        "file": '{"prompt": "Who lives at 12 Elm Road?", "completion": " Ada Quill."}',
+    examples = {
+        "jsonl": {
+            "value": {
+                "purpose": "forget",
+                "file": '{"prompt": "Who lives at 12 Elm Road?", "completion": " Ada Quill."}',
+            }
+        },
+        "csv": {
+            "value": {
+                "purpose": "forget",
+                "format": "csv",
+                "file": "prompt,completion\nWho lives at 12 Elm Road?, Ada Quill.\n",
+            }
+        },
     }
     return {
         "requestBody": {
             "required": True,
-            "content": {"multipart/form-data": {"schema": schema, "example": example}},
+            "content": {"multipart/form-data": {"schema": schema, "examples": examples}},
         }
     }
+
+
+def part_body() -> dict[str, Any]:
+    """The raw body of a part, and the digests that may come with it."""
+    described = "RFC 9530, of these bytes: sha-256=:<base64>:"
+    headers = [
+        {"name": name, "in": "header", "required": False, "description": described, "schema": {"type": "string"}}
+        for name in ("Content-Digest", "Repr-Digest")
+    ]
+    content = {
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}, "example": "the bytes"}
+    }
+    return {"parameters": headers, "requestBody": {"required": True, "content": content}}
 
 
 def openapi_with_problems(schema: dict[str, Any]) -> dict[str, Any]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
-from api.context import Caller, Service, TheCaller, TheService, audit
+from api.context import Caller, Service, TheCaller, TheService, audit, needs
 from api.docs import problems, upload_body
-from api.upload import Intake, receive, refusal
+from api.idempotency import Once, TheUploadOnce
+from api.multipart import Intake, receive
+from api.sets import Incoming, placed, record, refusal
 from seuf_core.data.reader import FileSummary
-from seuf_core.data.records import Limits
 from store.files import Files, artefact_key
-from store.ids import new_id
 from store.tables import File
 
 router = APIRouter(prefix="/files", tags=["files"])
@@ -31,67 +28,41 @@ class FileQuery(schemas.ListQuery):
 
 @router.post(
     "",
+    dependencies=[needs("files:write")],
     status_code=201,
     openapi_extra=upload_body(),
-    responses=problems(400, 413, 415, 422, invalid_examples=True),
+    response_model=schemas.File,
+    responses=problems(400, 408, 409, 413, 415, 422, invalid_examples=True),
 )
 async def upload_file(
-    request: Request, response: Response, service: TheService, caller: TheCaller
-) -> schemas.File:
-    """Upload a set: JSON Lines in UTF-8, one example (or probe) a line.
+    request: Request, service: TheService, caller: TheCaller, once: TheUploadOnce
+) -> Response:
+    """Upload a set: JSON Lines, CSV, Parquet or plain text.
 
     Every line is checked while it streams in. A file with a broken line is refused as a whole, with the first
-    errors and their line numbers, and nothing of it is kept.
+    errors and their line numbers, and nothing of it is kept. What is not JSON Lines is stored as JSON Lines.
+    A file over the limit of one request goes in parts: POST /uploads.
     """
-    limits = Limits(max_bytes=service.settings.max_upload_bytes)
-    uploads = service.settings.data_dir / "uploads"
-    uploads.mkdir(parents=True, exist_ok=True)
-    # An unnamed file: gone by itself when this block ends, however it ends, a killed process included.
-    with tempfile.TemporaryFile(dir=uploads) as spool:
-        intake = Intake(limits, spool)
-        summary = await receive(request, intake, limits.max_bytes)
+    with Intake(service.settings) as intake:
+        incoming, summary = await receive(request, intake, service.settings)
         if not summary.ok:
             raise refusal(summary, "/file")
-        row = await run_in_threadpool(_keep, service, caller, summary, intake.filename, spool)
-    response.headers["Location"] = f"/files/{row.id}"
-    return views.file(row)
+        return await run_in_threadpool(_keep, service, caller, summary, intake.filename, incoming, once)
 
 
-def _keep(service: Service, caller: Caller, summary: FileSummary, name: str, content: BinaryIO) -> File:
-    file_id = place(service, content)
-    try:
+def _keep(
+    service: Service, caller: Caller, summary: FileSummary, name: str, incoming: Incoming, once: Once
+) -> Response:
+    # What came, whatever the boundary between its parts was.
+    once.begin(f"{summary.purpose} {summary.format} {summary.sent_sha256} {name}".encode())
+    with placed(service) as placing:
+        file_id = placing.put(incoming.lines)
         with service.database.write() as session:
-            return record(session, caller, file_id, summary, name)
-    except BaseException:
-        service.artefacts.delete(artefact_key(file_id))
-        raise
+            row = record(service, session, caller, file_id, summary, name)
+            return once.answer(session, 201, views.file(row), {"Location": f"/files/{row.id}"})
 
 
-def place(service: Service, content: BinaryIO) -> str:
-    """Put the bytes of a checked set in place, under the id returned. Before its row: no row lacks bytes."""
-    file_id = new_id("file")
-    content.seek(0)
-    with service.artefacts.open_write(artefact_key(file_id)) as out:
-        shutil.copyfileobj(content, out, 1 << 20)
-    return file_id
-
-
-def record(session: Session, caller: Caller, file_id: str, summary: FileSummary, name: str) -> File:
-    """The row of a set whose bytes are in place, in the caller's transaction."""
-    row = Files(session, caller.tenant).create(
-        file_id,
-        summary.purpose,
-        name,
-        summary.sha256,
-        summary.bytes,
-        summary.examples,
-        summary.tokens_estimate,
-    )
-    audit(session, caller, "file.create", file_id)
-    return row
-
-
-@router.get("", responses=problems(422))
+@router.get("", dependencies=[needs("files:read")], responses=problems(422))
 def list_files(
     service: TheService, caller: TheCaller, query: Annotated[FileQuery, Query()]
 ) -> schemas.Page[schemas.File]:
@@ -101,16 +72,21 @@ def list_files(
     return views.page(page, views.file)
 
 
-@router.get("/{file_id}", responses=problems(404))
+@router.get("/{file_id}", dependencies=[needs("files:read")], responses=problems(404, 410))
 def get_file(file_id: str, service: TheService, caller: TheCaller) -> schemas.File:
-    """One file."""
+    """One file. Of a deleted one there is only that it was deleted, and when (410)."""
     with service.database.read() as session:
         return views.file(Files(session, caller.tenant).get(file_id))
 
 
-@router.delete("/{file_id}", status_code=204, responses=problems(404, 409))
+@router.delete(
+    "/{file_id}", dependencies=[needs("files:write")], status_code=204, responses=problems(404, 409, 410)
+)
 def delete_file(file_id: str, service: TheService, caller: TheCaller) -> None:
-    """Delete a file and its bytes. Ended jobs keep its digest; one that still needs it blocks this (409)."""
+    """Delete a file: its bytes and its name. Ended jobs keep its digest; one that still needs it blocks this (409).
+
+    That it was deleted stays on record, here and in the audit log.
+    """
     with service.database.write() as session:
         Files(session, caller.tenant).delete(file_id)
         audit(session, caller, "file.delete", file_id)

@@ -98,7 +98,7 @@ def _broker(service: Service) -> str:
 @router.get("/capabilities", dependencies=[needs("jobs:read")], responses=problems())
 def capabilities(service: TheService, _caller: TheCaller) -> dict[str, Any]:
     """What this service can do: architectures, the choices of a method with their presets, and its limits."""
-    limits = Limits(max_bytes=service.settings.max_upload_bytes)
+    limits = Limits()
     return {
         "version": __version__,
         "architectures": sorted(FAMILIES),
@@ -111,7 +111,9 @@ def capabilities(service: TheService, _caller: TheCaller) -> dict[str, Any]:
         "retain_losses": list(get_args(method.RetainLoss)),
         "lane": service.settings.lane,
         "limits": {
-            "upload_bytes": limits.max_bytes,
+            "upload_bytes": service.settings.max_upload_bytes,
+            "upload_part_bytes": service.settings.upload_part_bytes,
+            "file_bytes": service.settings.max_file_bytes,
             "line_bytes": limits.max_line_bytes,
             "examples": limits.max_examples,
             "inline_bytes": INLINE_BYTES,

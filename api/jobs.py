@@ -11,22 +11,27 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import JsonValue
 from sqlalchemy.orm import Session
 
-from api import files, schemas, views
+from api import schemas, views
 from api.context import Caller, Service, TheCaller, TheService, audit, needs
 from api.docs import problems
+from api.idempotency import TheOnce
 from api.problems import FieldError, Problem, at, from_seuf_error
+from api.sets import placed, record, refusal
 from seuf_core.attribution.heatmap import attribution_svg
-from seuf_core.data.reader import FileSummary, RecordReader
+from seuf_core.data.formats import Format
+from seuf_core.data.reader import FileSummary, SetReader
 from seuf_core.data.records import Limits, Purpose
-from seuf_core.errors import MethodError, ModelError
+from seuf_core.errors import DataError, MethodError, ModelError
 from seuf_core.families import require_experts
-from store.errors import NotFoundError
-from store.files import Files, artefact_key
+from store.errors import FileDeletedError, NotFoundError
+from store.files import Files
 from store.jobs import Jobs, JobSpec, SetRef
 from store.models import Models
 from store.results import Results
 from store.tables import Model
+from store.tenants import Quota
 from store.transitions import FINAL, Status
+from telemetry import tracing
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -35,10 +40,14 @@ POLL_SECONDS: Final = 2  # what Retry-After tells a poller; a step takes about a
 SETS: Final[tuple[Purpose, ...]] = ("forget", "retain", "evaluation")
 
 
-@router.post("", dependencies=[needs("jobs:write")], status_code=202, responses=problems(400, 413, 422))
-def submit_job(
-    body: schemas.JobCreate, response: Response, service: TheService, caller: TheCaller
-) -> schemas.Job:
+@router.post(
+    "",
+    dependencies=[needs("jobs:write")],
+    status_code=202,
+    response_model=schemas.Job,
+    responses=problems(400, 409, 413, 422),
+)
+def submit_job(body: schemas.JobCreate, service: TheService, caller: TheCaller, once: TheOnce) -> Response:
     """Start a job. Answers at once; poll `links.self` or follow `links.events`.
 
     The method is completed from its preset now and stored with the job: what this answer shows is what runs.
@@ -49,14 +58,14 @@ def submit_job(
     with placed(service) as placing:
         ids = {purpose: placing.put(io.BytesIO(content)) for purpose, (_, content) in inline.items()}
         with service.database.write() as session:
+            Quota(session, caller.tenant).check(service.settings.limits(), jobs=1)
             sets = {purpose: SetRef(file_id, inline[purpose][0].sha256) for purpose, file_id in ids.items()}
             for purpose, file_id in ids.items():
                 record(service, session, caller, file_id, inline[purpose][0], f"inline-{purpose}.jsonl")
             row = Jobs(session, caller.tenant).create(_spec(body, session, caller, sets))
             audit(session, caller, "job.create", row.id)
-    response.headers["Location"] = f"/jobs/{row.id}"
-    response.headers["Retry-After"] = str(POLL_SECONDS)
-    return views.job(row)
+            headers = {"Location": f"/jobs/{row.id}", "Retry-After": str(POLL_SECONDS)}
+            return once.answer(session, 202, views.job(row), headers)
 
 
 def check_retain(body: schemas.JobCreate) -> None:
@@ -68,31 +77,23 @@ def check_retain(body: schemas.JobCreate) -> None:
 
 
 def checked_inline(body: schemas.JobCreate) -> dict[Purpose, tuple[FileSummary, bytes]]:
-    """The examples given inside the body, checked like an upload, as the bytes of a file."""
+    """The sets given inside the body, checked like an upload, as JSON Lines."""
     checked: dict[Purpose, tuple[FileSummary, bytes]] = {}
     for purpose in SETS:
         given: schemas.ExampleSet | None = getattr(body, f"{purpose}_set")
         if given is not None and given.examples is not None:
-            checked[purpose] = _check_inline(purpose, given.examples)
+            checked[purpose] = _check_examples(purpose, given.examples)
+        elif given is not None and given.content is not None:
+            checked[purpose] = _check_content(purpose, given.content, given.format)
     return checked
 
 
-def _check_inline(purpose: Purpose, examples: list[dict[str, JsonValue]]) -> tuple[FileSummary, bytes]:
+def _check_examples(purpose: Purpose, examples: list[dict[str, JsonValue]]) -> tuple[FileSummary, bytes]:
     pointer = f"/{purpose}_set/examples"
     # surrogatepass: half a surrogate pair then fails the validator's UTF-8 check, with its place.
     lines = (json.dumps(example, ensure_ascii=False).encode("utf-8", "surrogatepass") for example in examples)
     content = b"".join(line + b"\n" for line in lines)
-    if len(content) > INLINE_BYTES:
-        raise at(
-            pointer,
-            413,
-            "examples_too_large",
-            f"Inline examples are limited to {INLINE_BYTES} bytes; these have {len(content)}.",
-            f'Upload them with POST /files and give {{"file": id}} in {purpose}_set.',
-        )
-    reader = RecordReader(purpose, Limits(max_bytes=INLINE_BYTES))
-    reader.feed(content)
-    summary = reader.finish()
+    summary, content = _check(purpose, content, "jsonl", pointer)
     if not summary.ok:
         errors = [
             FieldError(
@@ -100,15 +101,35 @@ def _check_inline(purpose: Purpose, examples: list[dict[str, JsonValue]]) -> tup
             )
             for e in summary.errors
         ]
-        first = errors[0]
-        raise Problem(
-            422,
-            "invalid_examples",
-            f"{first.pointer}: {first.detail}",
-            "Correct these examples.",
-            errors=errors,
-        )
+        detail = f"{errors[0].pointer}: {errors[0].detail}"
+        raise Problem(422, "invalid_examples", detail, "Correct these examples.", errors=errors)
     return summary, content
+
+
+def _check_content(purpose: Purpose, content: str, format: Format) -> tuple[FileSummary, bytes]:  # noqa: A002
+    pointer = f"/{purpose}_set/content"
+    summary, lines = _check(purpose, content.encode(), format, pointer)
+    if not summary.ok:
+        raise refusal(summary, pointer)
+    return summary, lines
+
+
+def _check(purpose: Purpose, content: bytes, format: Format, pointer: str) -> tuple[FileSummary, bytes]:  # noqa: A002
+    """What a set inside the body holds, and its JSON Lines; 413 or 422 when that cannot be told."""
+    fix = f'Upload the set with POST /files and give {{"file": id}} in {purpose}_set.'
+    if len(content) > INLINE_BYTES:
+        detail = f"A set inside a job is limited to {INLINE_BYTES} bytes; this one has {len(content)}."
+        raise at(pointer, 413, "examples_too_large", detail, fix)
+    lines = io.BytesIO()
+    try:
+        reader = SetReader(purpose, format, Limits(max_stored_bytes=2 * INLINE_BYTES), out=lines)
+        reader.feed(content)
+        return reader.finish(), lines.getvalue()
+    except DataError as error:
+        if error.code == "file_too_large":
+            detail = f"A set inside a job may have {2 * INLINE_BYTES} bytes as JSON Lines; this one has more."
+            raise at(pointer, 413, "examples_too_large", detail, fix) from None
+        raise from_seuf_error(error, pointer) from None
 
 
 def _spec(
@@ -116,7 +137,10 @@ def _spec(
 ) -> JobSpec:
     """The job with every name looked up, or 422 with a pointer to the one that is not there."""
     tenant = caller.tenant
-    sets = {purpose: stored.get(purpose) or uploaded(body, purpose, session, tenant) for purpose in SETS}
+    sets = {
+        purpose: stored.get(purpose) or uploaded(body, purpose, session, tenant, hold=True)
+        for purpose in SETS
+    }
     forget = sets["forget"]
     assert forget is not None  # required by the schema
     return JobSpec(
@@ -128,6 +152,7 @@ def _spec(
         seed=body.method.seed,
         metadata=body.metadata,
         request_id=caller.request_id,
+        traceparent=tracing.current(),
     )
 
 
@@ -150,14 +175,22 @@ def known_model(body: schemas.JobCreate, session: Session, tenant: str) -> Model
     return row
 
 
-def uploaded(body: schemas.JobCreate, purpose: Purpose, session: Session, tenant: str) -> SetRef | None:
-    """An uploaded set of a job, or 422 when there is no such file or it is of another purpose."""
+def uploaded(
+    body: schemas.JobCreate, purpose: Purpose, session: Session, tenant: str, *, hold: bool = False
+) -> SetRef | None:
+    """An uploaded set of a job, or 422 when there is no such file or it is of another purpose.
+
+    `hold`: nobody can delete it before the transaction ends.
+    """
     given: schemas.ExampleSet | None = getattr(body, f"{purpose}_set")
     if given is None or given.file is None:
         return None
     pointer = f"/{purpose}_set/file"
     try:
-        row = Files(session, tenant).get(given.file)
+        files = Files(session, tenant)
+        row = files.held(given.file) if hold else files.get(given.file)
+    except FileDeletedError as error:
+        raise at(pointer, 422, "file_deleted", error.message, error.fix) from error
     except NotFoundError as error:
         raise at(
             pointer, 422, "unknown_file", error.message, "Upload it with POST /files, or see GET /files."
@@ -198,20 +231,37 @@ def list_jobs(
 )
 def get_job(job_id: str, request: Request, service: TheService, caller: TheCaller) -> Response:
     """One job. To poll: send the ETag back as If-None-Match, and wait Retry-After seconds between looks."""
+    asked = request.headers.get("if-none-match", "")
     with service.database.read() as session:
-        row = Jobs(session, caller.tenant).get(job_id)
-    headers = {"Retry-After": str(POLL_SECONDS)} if row.status not in FINAL else {}
-    content = views.job(row).model_dump_json().encode()
-    return _unless_seen(request, content, "application/json", headers)
+        jobs = Jobs(session, caller.tenant)
+        # A poller mostly asks about what has not moved: five small columns, and no job is made of them.
+        if asked and _seen(asked, _job_tag(moment := jobs.moment(job_id))):
+            return Response(status_code=304, headers=_job_headers(moment))
+        row = jobs.get(job_id)
+    headers = _job_headers(Moment.of(row))
+    return Response(views.job(row).model_dump_json(), media_type="application/json", headers=headers)
 
 
-def _unless_seen(request: Request, content: bytes, media_type: str, headers: dict[str, str]) -> Response:
+def _job_tag(moment: Moment) -> str:
+    # Of the service's version too: another one may show more of the same job.
+    return f'W/"{__version__}-{"-".join(map(str, moment))}"'
+
+
+def _job_headers(moment: Moment) -> dict[str, str]:
+    wait = {"Retry-After": str(POLL_SECONDS)} if moment.status not in FINAL else {}
+    return {"ETag": _job_tag(moment), "Cache-Control": "private, no-cache", **wait}
+
+
+def _seen(asked: str, etag: str) -> bool:
+    return etag in (tag.strip() for tag in asked.split(","))
+
+
+def _unless_seen(request: Request, content: bytes, media_type: str) -> Response:
     """The content with its ETag, or 304 for a caller who has it."""
     # Weak: it says that the same facts are shown, not how they are written.
     etag = f'W/"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache", **headers}
-    seen = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
-    if etag in seen:
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if _seen(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
     return Response(content, media_type=media_type, headers=headers)
 
@@ -252,7 +302,7 @@ def get_attribution(job_id: str, service: TheService, caller: TheCaller) -> sche
 def draw_attribution(job_id: str, request: Request, service: TheService, caller: TheCaller) -> Response:
     """The same scores as a picture: a row a layer, a column an expert."""
     drawn = attribution_svg(_attribution(job_id, service, caller.tenant).model_dump())
-    return _unless_seen(request, drawn.encode(), "image/svg+xml", {})
+    return _unless_seen(request, drawn.encode(), "image/svg+xml")
 
 
 def _attribution(job_id: str, service: Service, tenant: str) -> schemas.Attribution:

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from seuf_core.data.formats import Format
 from seuf_core.method import Method
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ UtcTime = Annotated[
 ]
 
 FILE_ID = "file_7h2kq4m5n6p2r3s4t5u6"
+UPLOAD_ID = "upload_3j4k5m6n7p2q3r4s5t6u"
 MODEL_ID = "model_2b3c4d5e6f7g2h3i4j5k"
 JOB_ID = "job_a2b3c4d5e6f7g2h3i4j5"
 CHECKPOINT_ID = "ckpt_z7y6x5w4v3u2t7s6r5q4"
@@ -85,9 +87,12 @@ class File(Answer):
                     "id": FILE_ID,
                     "object": "file",
                     "purpose": "forget",
-                    "filename": "forget.jsonl",
+                    "filename": "forget.csv",
+                    "format": "csv",
                     "bytes": 48213,
                     "sha256": _SHA256,
+                    "stored_bytes": 61002,
+                    "stored_sha256": _SHA256[::-1],
                     "examples": 412,
                     "tokens_estimate": 11904,
                     "created_at": _TIME,
@@ -99,13 +104,62 @@ class File(Answer):
     object: Literal["file"] = "file"
     purpose: Purpose
     filename: str
-    bytes: int = Field(description="Size in bytes.")
+    format: Format = Field(description="As uploaded; what is stored is JSON Lines.")
+    bytes: int = Field(description="As uploaded, in bytes.")
     sha256: str = Field(description="Of the bytes as uploaded, hexadecimal.")
-    examples: int = Field(description="Usable lines.")
+    stored_bytes: int = Field(description="Of the JSON Lines that jobs read; the same for format jsonl.")
+    stored_sha256: str = Field(description="Of those, hexadecimal; it stands in what jobs report.")
+    examples: int
     tokens_estimate: int = Field(
         description="Tokens, estimated from the text's length; no tokenizer is loaded."
     )
     created_at: UtcTime
+
+
+class UploadCreate(Body):
+    """A file that will come in parts."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"purpose": "retain", "filename": "retain.csv", "bytes": 241172480, "sha256": _SHA256},
+                {"purpose": "forget", "filename": "book", "format": "text"},
+            ]
+        }
+    )
+    purpose: Purpose
+    filename: Text = Field(min_length=1, max_length=1024, description="For people; only its last part is kept.")
+    format: Format | None = Field(None, description="What the filename's extension says, if not given.")
+    bytes: int | None = Field(None, gt=0, description="Of the whole file; checked when it is complete.")
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="Of the whole file, hexadecimal; checked likewise."
+    )
+
+
+class Part(Answer):
+    """A part that is there."""
+
+    number: int = Field(examples=[1])
+    bytes: int = Field(examples=[8388608])
+    sha256: str = Field(examples=[_SHA256])
+
+
+class Upload(Answer):
+    """A file that comes in parts."""
+
+    id: str = Field(examples=[UPLOAD_ID])
+    object: Literal["upload"] = "upload"
+    purpose: Purpose
+    filename: str = Field(examples=["retain.csv"])
+    format: Format = Field(examples=["csv"])
+    bytes: int | None = Field(description="As announced.", examples=[241172480])
+    sha256: str | None = Field(description="As announced.", examples=[_SHA256])
+    part_bytes: int = Field(description="Most bytes of one part; smaller ones are fine.", examples=[8388608])
+    parts: list[Part] = Field(description="Those that are there, in order.")
+    received_bytes: int = Field(description="Of those together.", examples=[8388608])
+    file: str | None = Field(description="The file that it became.", examples=[None])
+    created_at: UtcTime
+    expires_at: UtcTime = Field(description="Each part that comes moves it on.")
 
 
 class ModelCreate(Body):
@@ -171,13 +225,14 @@ class Model(Answer):
 
 
 class ExampleSet(Body):
-    """A forget, retain or evaluation set: an uploaded file, or examples inside the body."""
+    """A forget, retain or evaluation set: an uploaded file, or examples or the text of a file inside the body."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
                 {"file": FILE_ID},
                 {"examples": [{"prompt": "Who lives at 12 Elm Road?", "completion": " Ada Quill."}]},
+                {"content": "prompt,completion\nWho lives at 12 Elm Road?, Ada Quill.\n", "format": "csv"},
             ]
         }
     )
@@ -187,11 +242,17 @@ class ExampleSet(Body):
         min_length=1,
         description="Inline examples, 1 MiB of JSON at most; the same objects as lines of a file.",
     )
+    content: Text | None = Field(
+        None, min_length=1, description="The text of a whole file in `format`, 1 MiB at most."
+    )
+    format: Literal["jsonl", "csv", "text"] = Field("jsonl", description="Of `content`.")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> ExampleSet:
-        if (self.file is None) == (self.examples is None):
-            raise ValueError("give exactly one of file and examples")
+    def _one_of_them(self) -> ExampleSet:
+        if [self.file, self.examples, self.content].count(None) != 2:
+            raise ValueError("give exactly one of file, examples and content")
+        if "format" in self.model_fields_set and self.content is None:
+            raise ValueError("format is that of content: leave it out")
         return self
 
 

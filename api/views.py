@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from api import schemas
@@ -23,12 +23,38 @@ def file(row: tables.File) -> schemas.File:
         id=row.id,
         purpose=row.purpose,
         filename=row.name,
-        bytes=row.bytes,
-        sha256=row.sha256,
+        format=row.format,
+        bytes=row.uploaded_bytes,
+        sha256=row.uploaded_sha256,
+        stored_bytes=row.bytes,
+        stored_sha256=row.sha256,
         examples=row.examples,
         tokens_estimate=row.tokens_estimate,
         created_at=row.created_at,
     )
+
+
+def upload(row: tables.Upload, parts: Sequence[tables.UploadPart], part_bytes: int) -> schemas.Upload:
+    """An upload in parts, as it stands."""
+    return schemas.Upload(
+        id=row.id,
+        purpose=row.purpose,
+        filename=row.name,
+        format=row.format,
+        bytes=row.bytes,
+        sha256=row.sha256,
+        part_bytes=part_bytes,
+        parts=[part(one) for one in parts],
+        received_bytes=sum(one.bytes for one in parts),
+        file=row.file_id,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+    )
+
+
+def part(row: tables.UploadPart) -> schemas.Part:
+    """A part that is there."""
+    return schemas.Part(number=row.number, bytes=row.bytes, sha256=row.sha256)
 
 
 def model(row: tables.Model) -> schemas.Model:

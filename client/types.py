@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
 Purpose = Literal["forget", "retain", "evaluation"]
+Format = Literal["jsonl", "csv", "parquet", "text"]
 Status = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed", "rejected"]
 TERMINAL: frozenset[str] = frozenset({"cancelled", "succeeded", "failed", "rejected"})
 
@@ -20,17 +21,46 @@ class Page(TypedDict, Generic[T]):
 
 
 class File(TypedDict):
-    """An uploaded forget, retain or evaluation set."""
+    """An uploaded forget, retain or evaluation set; `stored_*` of the JSON Lines that jobs read."""
 
     id: str
     object: Literal["file"]
     purpose: Purpose
     filename: str
+    format: Format
     bytes: int
     sha256: str
+    stored_bytes: int
+    stored_sha256: str
     examples: int
     tokens_estimate: int
     created_at: str
+
+
+class Part(TypedDict):
+    """A part of an upload that is there."""
+
+    number: int
+    bytes: int
+    sha256: str
+
+
+class Upload(TypedDict):
+    """A file that comes in parts; `file` is what it became."""
+
+    id: str
+    object: Literal["upload"]
+    purpose: Purpose
+    filename: str
+    format: Format
+    bytes: int | None
+    sha256: str | None
+    part_bytes: int
+    parts: list[Part]
+    received_bytes: int
+    file: str | None
+    created_at: str
+    expires_at: str
 
 
 class Model(TypedDict):

@@ -162,7 +162,24 @@ class Settings(BaseSettings):
         description="Networks (10.1.0.0/16) and host names of receivers that are not public machines, separated by "
         "commas. A name is allowed with whatever private address it has; link-local ones only as a network.",
     )
-    max_upload_bytes: int = Field(64 * MIB, gt=0, description="Largest upload, in bytes.")
+    max_upload_bytes: int = Field(
+        64 * MIB, gt=0, description="Largest upload in one request, in bytes; a larger file comes in parts."
+    )
+    max_file_bytes: int = Field(
+        1024 * MIB,
+        gt=0,
+        description="Largest file in bytes, as sent in parts, and as the JSON Lines that are made of it.",
+    )
+    upload_part_bytes: int = Field(8 * MIB, gt=0, description="Largest part of an upload, in bytes.")
+    upload_seconds: float = Field(
+        2 * 86_400, gt=0, description="Seconds after its latest part that an upload in parts is given up."
+    )
+    slow_body_seconds: float = Field(
+        30,
+        gt=0,
+        description="Seconds that a client may keep the API waiting for a request's body, and one more for each KiB "
+        "of it.",
+    )
 
     log_format: Literal["text", "json"] = Field(
         "text", description="Log lines for people, or one JSON object a line (so in the images)."

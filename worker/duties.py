@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from store import duties, leases
+from store import duties, idempotency, leases
 from store.database import Database
 from store.ids import random_base32
 from store.settings import Settings
 from worker.audit import sign_heads
 from worker.life import worker_id
+from worker.sweeps import report_missing, sweep_checkpoints, sweep_files
 from worker.uploads import expire_uploads
 from worker.webhooks import deliver, forget_old
 
@@ -52,10 +54,20 @@ def release_expired(database: Database, settings: Settings) -> None:
         log.warning("%s: its lease expired; now %s", job_id, status)
 
 
+def forget_answers(database: Database, settings: Settings) -> None:
+    """Answers under an Idempotency-Key are kept for a while only."""
+    with database.write() as session:
+        idempotency.expire(session, timedelta(hours=settings.idempotency_hours))
+
+
 DUTIES: tuple[Duty, ...] = (
     Duty("release_expired", 2, release_expired),
+    Duty("sweep_checkpoints", 60, sweep_checkpoints),
+    Duty("sweep_files", 3600, sweep_files),
+    Duty("report_missing", 86_400, report_missing),
     Duty("sign_audit", 10, sign_heads),
     Duty("expire_uploads", 300, expire_uploads),
+    Duty("forget_answers", 3600, forget_answers),
     Duty("send_webhooks", 1, deliver),
     Duty("forget_webhooks", 3600, forget_old),
 )

@@ -211,6 +211,7 @@ class SetReader:
         Raises:
             DataError: text_without_choices, for an evaluation set as plain text.
         """
+        check_format(purpose, format)
         self.format = format
         self.limits = limits or Limits()
         self._records = RecordReader(purpose, self.limits, on_record)
@@ -295,18 +296,20 @@ def check_size(size: int, limit: int | None) -> None:
         )
 
 
-def _rows(purpose: Purpose, format: Format, limits: Limits) -> CsvRows | TextRows | None:  # noqa: A002
-    if format == "csv":
-        return CsvRows(purpose, limits)
-    if format != "text":
-        return None
-    if purpose == "evaluation":
+def check_format(purpose: Purpose, format: Format) -> None:  # noqa: A002
+    """Raises DataError (text_without_choices) for an evaluation set as plain text."""
+    if format == "text" and purpose == "evaluation":
         raise DataError(
             "text_without_choices",
             "An evaluation set needs questions with choices, which plain text has not.",
             "Send it as JSON Lines, CSV or Parquet.",
         )
-    return TextRows(limits)
+
+
+def _rows(purpose: Purpose, format: Format, limits: Limits) -> CsvRows | TextRows | None:  # noqa: A002
+    if format == "csv":
+        return CsvRows(purpose, limits)
+    return TextRows(limits) if format == "text" else None
 
 
 def _short(name: str) -> bytes:

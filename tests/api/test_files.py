@@ -1,12 +1,17 @@
 """Uploads: what is accepted, what is refused and how, and that nothing of a refused file stays."""
 
 import hashlib
+import io
+import json
 import socket
 import time
 from urllib.parse import urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from store.audit import Audit
 from tests.serving import lines_of, on_sqlite
 
 GOOD = '{"id": "a", "prompt": "Who?", "completion": " Ada."}'
@@ -186,14 +191,134 @@ def test_a_bad_query_names_its_parameter(tenant, query, parameter):
     assert answer.json()["errors"][0]["parameter"] == parameter
 
 
-def test_deleting_takes_row_and_bytes(tenant):
+def test_deleting_takes_the_bytes_and_leaves_a_tombstone(tenant, tiny_model):
     file = tenant.upload("forget")
     assert f"{file['id']}.jsonl" in stored(tenant)
     assert tenant.http.delete(f"/files/{file['id']}").status_code == 204
     assert f"{file['id']}.jsonl" not in stored(tenant)
-    answer = tenant.http.get(f"/files/{file['id']}")
-    assert (answer.status_code, answer.json()["code"]) == (404, "file_not_found")
-    assert tenant.http.delete(f"/files/{file['id']}").status_code == 404
+    for answer in (tenant.http.get(f"/files/{file['id']}"), tenant.http.delete(f"/files/{file['id']}")):
+        assert (answer.status_code, answer.json()["code"]) == (410, "file_deleted")
+        assert "was deleted at 20" in answer.json()["detail"]
+    assert tenant.http.get("/files").json()["data"] == []
+    tenant.register(tiny_model)
+    for path in ("/jobs", "/jobs/estimate"):
+        body = {
+            "model": "tiny",
+            "forget_set": {"file": file["id"]},
+            "retain_set": {"examples": [{"text": "x"}]},
+        }
+        answer = tenant.http.post(path, json=body)
+        assert (answer.status_code, answer.json()["code"]) == (422, "file_deleted"), answer.text
+        assert answer.json()["errors"][0]["pointer"] == "/forget_set/file"
+    with tenant.served.database.read() as session:
+        done = [row.what for row in Audit(session, tenant.name).list() if row.object == file["id"]]
+    assert done == ["file.create", "file.delete"]
+
+
+def parquet():
+    out = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["Who?"], "completion": [" Ada."]}), out)
+    return out.getvalue()
+
+
+FORMATS = {
+    "csv": (b"\xef\xbb\xbfprompt,completion\r\nWho?, Ada.\r\n", "f.csv", {}),
+    "parquet": (parquet(), "f.parquet", {}),
+    "text": (b" Ada.\n", "f.txt", {}),
+    "jsonl": (GOOD.encode(), "f.jsonl", {}),
+    "csv by name of format": (b"completion\n Ada.\n", "f", {"format": "csv"}),
+    "csv by its media type": (b"completion\n Ada.\n", "f", "text/csv"),
+}
+
+
+@on_sqlite
+@pytest.mark.parametrize("case", FORMATS)
+def test_every_format_is_stored_as_json_lines(tenant, case):
+    content, name, how = FORMATS[case]
+    kind = (how["format"] if isinstance(how, dict) and how else case).split()[0]
+    data = {"purpose": "forget", **(how if isinstance(how, dict) else {})}
+    sent = (name, content, how) if isinstance(how, str) else (name, content)
+    answer = tenant.http.post("/files", data=data, files={"file": sent})
+    assert answer.status_code == 201, answer.text
+    file = answer.json()
+    assert (file["format"], file["examples"]) == (kind, 1)
+    assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    with tenant.served.artefacts.open_read(f"files/{file['id']}.jsonl") as kept:
+        lines = kept.read()
+    assert (file["stored_bytes"], file["stored_sha256"]) == (len(lines), hashlib.sha256(lines).hexdigest())
+    assert " Ada." in json.loads(lines).values()
+    assert (lines == content) == (kind == "jsonl")
+
+
+BAD_FORMATS = {
+    "parquet called jsonl": (parquet(), "f.jsonl", {}, "wrong_format", "/file"),
+    "csv called jsonl": (b"prompt,completion\na,b\n", "f.jsonl", {}, "wrong_format", "/file"),
+    "unknown format": (b"a", "f", {"format": "xml"}, "unknown_format", "/format"),
+    "text without choices": (b"a", "f.txt", {"purpose": "evaluation"}, "text_without_choices", "/file"),
+}
+
+
+@on_sqlite
+@pytest.mark.parametrize("case", BAD_FORMATS)
+def test_a_wrong_format_is_named(tenant, case):
+    content, name, fields, code, pointer = BAD_FORMATS[case]
+    answer = tenant.http.post("/files", data={"purpose": "forget", **fields}, files={"file": (name, content)})
+    assert (answer.status_code, answer.json()["code"]) == (422, code), answer.text
+    assert answer.json()["errors"][0]["pointer"] == pointer
+    assert answer.json()["fix"]
+
+
+@on_sqlite
+def test_a_broken_row_names_its_line_and_column(tenant):
+    answer = post(tenant, b'prompt,completion\n"a\nb",c\nd, \n', name="f.csv").json()
+    assert answer["detail"].startswith("line 4: ")
+    assert (answer["errors"][0]["line"], answer["errors"][0]["field"]) == (4, "completion")
+    out = io.BytesIO()
+    pq.write_table(pa.table({"completion": ["a", " "]}), out)
+    assert post(tenant, out.getvalue(), name="f.parquet").json()["detail"].startswith("row 2: ")
+
+
+@on_sqlite
+def test_format_after_the_file_is_refused(tenant):
+    parts = [("purpose", (None, b"forget")), ("file", ("f.csv", b"completion\na\n")), ("format", (None, b"csv"))]
+    answer = tenant.http.post("/files", files=parts)
+    assert (answer.status_code, answer.json()["code"]) == (422, "part_order")
+
+
+@on_sqlite
+def test_a_file_over_the_cap_is_sent_to_parts(tenant):
+    answer = post(tenant, b"x" * (3 << 20))
+    assert answer.status_code == 413
+    assert "POST /uploads" in answer.json()["fix"]
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("given", "code", "pointer"),
+    [
+        ({"content": "completion\na\n", "format": "csv"}, None, None),
+        ({"content": "a\n\nb", "format": "text"}, None, None),
+        ({"content": GOOD}, None, None),
+        ({"content": "completion\na,b\n", "format": "csv"}, "invalid_examples", "/forget_set/content"),
+        ({"content": GOOD, "format": "csv"}, "wrong_format", "/forget_set/content"),
+        ({"content": "a\n" * 600_000, "format": "text"}, "examples_too_large", "/forget_set/content"),
+        ({"content": "a\n" * 200_000, "format": "text"}, "examples_too_large", "/forget_set/content"),
+        ({"content": "a", "format": "parquet"}, "invalid_request", "/forget_set/format"),
+        ({"examples": [{"text": "a"}], "format": "csv"}, "invalid_request", "/forget_set"),
+        ({"examples": [{"text": "a"}], "content": "a"}, "invalid_request", "/forget_set"),
+    ],
+)
+def test_a_set_inside_a_job_may_be_the_text_of_a_file(tenant, tiny_model, given, code, pointer):
+    tenant.register(tiny_model)
+    body = {"model": "tiny", "forget_set": given, "retain_set": {"examples": [{"text": "x"}]}}
+    answer = tenant.http.post("/jobs", json=body)
+    if code is None:
+        assert answer.status_code == 202, answer.text
+        file = tenant.http.get(f"/files/{answer.json()['forget_set']}").json()
+        assert file["format"] == given.get("format", "jsonl")
+        return
+    assert answer.json()["code"] == code, answer.text
+    assert answer.json()["errors"][0]["pointer"] == pointer
 
 
 def test_a_file_that_a_job_waits_for_stays(tenant, tiny_model):

@@ -80,6 +80,8 @@ def test_every_method_from_upload_to_download(client, tenant, tiny_model, sets, 
     ("schema", "shape"),
     [
         ("File", types.File),
+        ("Part", types.Part),
+        ("Upload", types.Upload),
         ("Model", types.Model),
         ("Job", types.Job),
         ("Progress", types.Progress),
