@@ -1,4 +1,4 @@
-"""Jobs of one tenant: create, look, list, cancel.
+"""Jobs of one tenant: create, retry, look, list, cancel.
 
 What workers do with them is store.leases and store.fenced.
 """
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from store import events, transitions
+from store.errors import TransitionRefusedError
+from store.files import Files
 from store.ids import new_id
 from store.outbox import Outbox
 from store.repository import Page, Repository
 from store.tables import Job, now
-from store.transitions import Status
+from store.transitions import RETRIABLE, Status
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class JobSpec:
     traceparent: str | None = None
     max_seconds: float | None = None
     max_memory_bytes: int | None = None
+    retry_of: str | None = None
 
 
 class Jobs(Repository):
@@ -63,12 +66,49 @@ class Jobs(Repository):
             traceparent=spec.traceparent,
             max_seconds=spec.max_seconds,
             max_memory_bytes=spec.max_memory_bytes,
+            retry_of=spec.retry_of,
         )
         self._add(job)
         events.append(self.session, job.id, "status", {"status": Status.QUEUED}, asked=True)
         Outbox(self.session).add(job.id, self.tenant)
         self.session.refresh(job)
         return job
+
+    def retry(self, job_id: str, request_id: str | None = None, traceparent: str | None = None) -> Job:
+        """A new job that asks for the same as a failed or cancelled one, and goes on from what that has saved.
+
+        TransitionRefusedError for a job in another state; FileDeletedError when one of its sets was deleted.
+        """
+        old = self.get(job_id)
+        if old.status not in RETRIABLE:
+            raise TransitionRefusedError(
+                f"{job_id} is {old.status} and cannot be retried.",
+                f"Only a job that is {' or '.join(sorted(RETRIABLE))} can.",
+            )
+        sets = [
+            SetRef(Files(self.session, self.tenant).held(file).id, sha256) if file and sha256 else None
+            for file, sha256 in (
+                (old.forget_file, old.forget_sha256),
+                (old.retain_file, old.retain_sha256),
+                (old.evaluation_file, old.evaluation_sha256),
+            )
+        ]
+        assert sets[0] is not None
+        spec = JobSpec(
+            model_id=old.model_id,
+            forget=sets[0],
+            retain=sets[1],
+            evaluation=sets[2],
+            method=old.method,
+            seed=old.seed,
+            metadata=old.meta,
+            request_id=request_id,
+            traceparent=traceparent,
+            max_seconds=old.max_seconds,
+            max_memory_bytes=old.max_memory_bytes,
+            retry_of=old.id,
+        )
+        return self.create(spec)
 
     def get(self, job_id: str) -> Job:
         """The job, or NotFoundError."""

@@ -36,6 +36,8 @@ TRANSITIONS: Mapping[Status, frozenset[Status]] = {
 FINAL = frozenset(status for status, following in TRANSITIONS.items() if not following)
 HELD = frozenset({Status.RUNNING, Status.CANCELLING})
 """The states in which a worker holds the job's lease."""
+RETRIABLE = frozenset({Status.FAILED, Status.CANCELLED})
+"""The final states of which a new job may go on from the training checkpoints."""
 
 
 def allowed(before: Status, after: Status) -> bool:

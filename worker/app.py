@@ -22,6 +22,7 @@ from telemetry import logs
 from worker import telling
 from worker.life import worker_id
 from worker.supervisor import Supervisor
+from worker.sweeps import keep_work_swept
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,9 @@ def run_job(job_id: str) -> None:
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _prepare(**_: Any) -> None:
-    _supervisor().prepare()
+    supervisor = _supervisor()
+    supervisor.prepare()
+    keep_work_swept(supervisor.database, supervisor.settings)
 
 
 class CeleryBroker:

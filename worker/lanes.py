@@ -4,13 +4,12 @@ import logging
 import threading
 from collections.abc import Callable
 
-from sqlalchemy.exc import OperationalError
-
-from store.database import Database
+from store.database import AWAY, Database
 from store.settings import Settings
 from worker import dispatcher
 from worker.life import worker_id
 from worker.supervisor import Supervisor
+from worker.sweeps import keep_work_swept
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +25,13 @@ def run_database_lane(settings: Settings, wait: Callable[[float], bool]) -> None
         target=dispatcher.loop, args=(database, settings, None, wait), name="dispatcher", daemon=True
     )
     beside.start()
+    keep_work_swept(database, settings)
     log.info("database lane %s ready", supervisor.worker_id)
     while not wait(0):
         supervisor.prepare()
         try:
             took = supervisor.run(None, lambda: wait(0))
-        except OperationalError as error:
+        except AWAY as error:
             log.warning("database away (%s)", type(error).__name__)
             took = False
         if not took:
