@@ -15,7 +15,6 @@ from api.multipart import Intake, receive
 from api.sets import Incoming, placed, record, refusal
 from seuf_core.data.reader import FileSummary
 from store.files import Files, artefact_key
-from store.tables import File
 
 router = APIRouter(prefix="/files", tags=["files"])
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from api import schemas, views
 from api.context import Service, TheCaller, TheService, audit, needs
 from api.docs import problems
+from api.idempotency import TheOnce
 from api.problems import at
 from store import tables
 from store.receivers import ReceiverRefusedError
@@ -114,7 +115,10 @@ class Webhook(schemas.Answer):
 class NewSecret(Webhook):
     """The webhook with its secret, which is shown this once."""
 
-    secret: str = Field(description="Signs the messages (Standard Webhooks).", examples=[_SECRET])
+    secret: str | None = Field(
+        description="Signs the messages (Standard Webhooks). A replay by Idempotency-Key has null here: rotate it.",
+        examples=[_SECRET],
+    )
 
 
 class Attempt(schemas.Answer):
@@ -145,10 +149,16 @@ class Delivery(BaseModel):
     log: list[Attempt] = Field(description="The newest 20 attempts, oldest first.")
 
 
-@router.post("", dependencies=[needs("webhooks:write")], status_code=201, responses=problems(400, 409, 422))
+@router.post(
+    "",
+    dependencies=[needs("webhooks:write")],
+    status_code=201,
+    response_model=NewSecret,
+    responses=problems(400, 409, 422),
+)
 def create_webhook(
-    body: WebhookCreate, response: Response, service: TheService, caller: TheCaller
-) -> NewSecret:
+    body: WebhookCreate, service: TheService, caller: TheCaller, once: TheOnce
+) -> Response:
     """Be told of jobs: each change of state as a signed POST, by the rules of Standard Webhooks.
 
     Messages come at least once and in no promised order: `webhook-id` tells a repeated one. `secret` is in this answer
@@ -161,8 +171,8 @@ def create_webhook(
     with service.database.write() as session:
         row = Webhooks(session, caller.tenant).create(body.url, body.description, body.events, sealed)
         audit(session, caller, "webhook.create", row.id)
-    response.headers["Location"] = f"/webhooks/{row.id}"
-    return _with_secret(row, secret)
+        answer, headers = _with_secret(row, secret), {"Location": f"/webhooks/{row.id}"}
+        return once.answer(session, 201, answer, headers, kept=answer.model_copy(update={"secret": None}))
 
 
 @router.get("", dependencies=[needs("webhooks:read")], responses=problems(422))
