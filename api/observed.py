@@ -61,5 +61,5 @@ class ObservedMiddleware:
         fields = {"method": method, "route": route, "status": status, "milliseconds": milliseconds}
         if caller := scope["state"].get("caller"):
             fields |= {"tenant": caller.tenant, "key_id": caller.key_id}
-        level = logging.DEBUG if route in PROBES else logging.INFO
+        level = logging.DEBUG if route in PROBES and status < 500 else logging.INFO
         log.log(level, "%s %s %d", method, route, status, extra={"fields": fields})

@@ -28,6 +28,7 @@ from store.tables import (
     WebhookDelivery,
 )
 from store.transitions import FINAL, HELD, Status
+from store.webhooks import FAILED, PENDING
 
 BOUNDS: Final = (0.5, 1, 2.5, 5, 15, 30, 60, 300, 900, 1800, 3600, 7200, 14_400, 43_200, 86_400)
 """Upper bounds of the buckets of durations, in seconds: the start of an engine to a day."""
@@ -115,13 +116,16 @@ def _stored(session: Session) -> dict[str, int]:
 
 def _deliveries(session: Session) -> dict[str, int]:
     """Those that are done are not counted: there may be millions, and nobody has to act on them."""
-    status = WebhookDelivery.status
-    query = select(status, func.count()).where(status.in_(("pending", "failed"))).group_by(status)
-    return {"pending": 0, "failed": 0, **dict(session.execute(query).tuples())}
+    query = (
+        select(WebhookDelivery.status, func.count().label("number"))
+        .where(WebhookDelivery.status.in_((FAILED, PENDING)))
+        .group_by(WebhookDelivery.status)
+    )
+    return {PENDING: 0, FAILED: 0} | {row.status: row.number for row in session.execute(query)}
 
 
 def _oldest_due(session: Session, at: datetime) -> float:
-    due = select(func.min(WebhookDelivery.next_attempt_at)).where(WebhookDelivery.status == "pending")
+    due = select(func.min(WebhookDelivery.next_attempt_at)).where(WebhookDelivery.status == PENDING)
     return _age(at, session.scalar(due))
 
 
