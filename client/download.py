@@ -20,13 +20,22 @@ from client.types import Checkpoint, CheckpointFile
 
 CHUNK = 1 << 20
 ATTEMPTS = 5  # consecutive connections that bring not one byte, before giving up
+BUSY = frozenset({429, 500, 502, 503, 504})  # what a service or a store says that will do it in a moment
 
 Progress = Callable[[str, int, int], None]
 """(file name, bytes there, bytes in total)"""
 
 
+class _Busy(Exception):  # noqa: N818  (a state of the other side)
+    """A refusal that may be over in a moment."""
+
+    def __init__(self, refusal: ApiError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
 class Fetch(Protocol):
-    """What a download needs from the client: an open streaming GET."""
+    """What a download needs from the client: an open streaming GET, redirects followed."""
 
     def __call__(self, path: str, headers: dict[str, str]) -> httpx.Response: ...
 
@@ -72,9 +81,11 @@ def _fetch_file(
     while (there := path.stat().st_size if path.exists() else 0) < file["bytes"] or not path.exists():
         try:
             _append(fetch, url, file, path, there, progress)
-        except httpx.TransportError as error:
+        except (httpx.TransportError, _Busy) as error:
             grown = path.exists() and path.stat().st_size > there
             failures = 0 if grown else failures + 1
+            if failures >= ATTEMPTS and isinstance(error, _Busy):
+                raise error.refusal from error
             if failures >= ATTEMPTS:
                 raise DownloadError(
                     f"{file['name']} broke off at byte {there} of {file['bytes']} ({error}).",
@@ -102,7 +113,8 @@ def _append(
     try:
         if response.status_code not in (200, 206):
             response.read()
-            raise ApiError.from_response(response)
+            refusal = ApiError.from_response(response)
+            raise _Busy(refusal) if response.status_code in BUSY else refusal
         if response.status_code == 200:
             there = 0
         with path.open("ab" if there else "wb") as out:

@@ -59,6 +59,8 @@ class ApiError(ClientError):
         except ValueError:
             problem = None
         if not isinstance(problem, dict) or "detail" not in problem:
-            detail = f"{response.request.method} {response.request.url} answered {response.status_code}."
+            # Without its query: that of an object store's address is what opens the file.
+            url = response.request.url.copy_with(query=None)
+            detail = f"{response.request.method} {url} answered {response.status_code}."
             problem = {"status": response.status_code, "code": "unexpected_answer", "detail": detail}
         return cls(problem)

@@ -182,7 +182,5 @@ def _path(key: str) -> str:
     """The key as a path below the root; ValueError for one that would leave the root or hide in it."""
     parts = PurePosixPath(key).parts
     if not parts or any(part.startswith((".", "/")) for part in parts) or "\\" in key or "\0" in key:
-        raise ValueError(
-            f"{key!r} is not an artefact key. Keys are relative paths without dots in front."
-        )
+        raise ValueError(f"{key!r} is not an artefact key. Keys are relative paths without dots in front.")
     return "/".join(parts)

@@ -1,4 +1,4 @@
-"""Real services for tests: a private Postgres and a private Redis, as processes of their own on free ports.
+"""Real services for tests: a private Postgres, Redis and S3 server, as processes of their own on free ports.
 
 Each is started when the first test of a session asks for it and stopped with the session. `database` gives
 a fresh, migrated database per test, once on SQLite and once on Postgres.
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+import httpx
 import psycopg
 import pytest
 import redis
@@ -28,6 +29,7 @@ from store.ids import random_base32
 from store.tables import Base
 
 START_SECONDS = 30
+S3_KEY_ID, S3_SECRET = "the-key-of-the-tests", "the secret key of the tests, which no log may have"
 _numbers = count()
 
 
@@ -164,6 +166,44 @@ def redis_url(redis_server: str) -> str:
     """Address of an empty Redis."""
     redis.Redis.from_url(redis_server).flushall()
     return redis_server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of a private S3 server that checks who asks."""
+    with s3_on(free_port()) as url:
+        yield url
+
+
+@contextmanager
+def s3_on(port: int) -> Iterator[str]:
+    """An S3 server of its own on `port` for the length of the block; yields its address."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen([*_dies_with_us(), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: _s3_answers(url), START_SECONDS, "the S3 server")
+        yield url
+    finally:
+        _stop(process)
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of its own on it, e.g. s3://test-3/seuf, with credentials and address in the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
+    monkeypatch.setenv("SEUF_S3_ENDPOINT_URL", s3_server)
+    name = f"test-{next(_numbers)}-{random_base32(6)}"
+    httpx.put(f"{s3_server}/{name}").raise_for_status()
+    return f"s3://{name}/seuf"
+
+
+def _s3_answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code < 500  # 403 without a key
+    except httpx.TransportError:
+        return False
 
 
 def _empty(url: str) -> None:
