@@ -13,22 +13,26 @@ from cli.errors import CommandError
 
 if TYPE_CHECKING:
     from client import Client
-    from client.types import File, Purpose
+    from client.types import File, Format, Purpose
 
 app = typer.Typer(no_args_is_help=True, help="The forget, retain and evaluation sets of a service.")
 
 
 @app.command("upload", epilog="Example:  seuf files upload forget.jsonl --purpose forget")
 def upload(
-    path: Annotated[Path, typer.Argument(help="JSON Lines file.")],
+    path: Annotated[Path, typer.Argument(help="JSON Lines, CSV, Parquet or text file, by its extension.")],
     purpose: Annotated[str, typer.Option(help="forget, retain or evaluation.")],
+    format: Annotated[  # noqa: A002  (the option's name)
+        str | None,
+        typer.Option(help="jsonl, csv, parquet or text, where the extension does not say it."),
+    ] = None,
     url: options.Url = None,
     key: options.Key = None,
     json: options.Json = False,
 ) -> None:
-    """Upload a set; every line is checked on the way."""
+    """Upload a set; every line is checked. A large file goes in parts; run it again to go on after a cut."""
     with connect(url, key) as client:
-        file = send(client, path, purpose)
+        file = send(client, path, purpose, format)
     if json:
         output.print_json(file)
     else:
@@ -36,6 +40,7 @@ def upload(
             {
                 "id": file["id"],
                 "purpose": file["purpose"],
+                "format": file["format"],
                 "examples": file["examples"],
                 "tokens (estimate)": file["tokens_estimate"],
                 "sha256": file["sha256"],
@@ -59,18 +64,27 @@ def list_files(
     output.print_table(("purpose", "name", "examples", "size", "id"), rows)
 
 
-def send(client: Client, path: Path, purpose: str) -> File:
+def send(client: Client, path: Path, purpose: str, format: str | None = None) -> File:  # noqa: A002
     """Upload, with the first broken lines in the error when the service refuses the file."""
     from typing import cast
 
+    from cli.live import Live
     from client import ApiError
 
+    options.existing(path, f"{purpose} set")
     try:
-        return client.upload(options.existing(path, f"{purpose} set"), cast("Purpose", purpose))
+        with Live() as live:
+            return client.upload(
+                path,
+                cast("Purpose", purpose),
+                format=cast("Format | None", format),
+                progress=lambda name, done, total: live.show(name, done, total),
+            )
     except ApiError as error:
         if error.code != "invalid_examples":
             raise
-        broken = [f"line {e['line']}: {e['detail']}" for e in error.errors[:3] if e.get("line")]
+        kind = "row" if path.suffix in (".parquet", ".pq") else "line"
+        broken = [f"{kind} {e['line']}: {e['detail']}" for e in error.errors[:3] if e.get("line")]
         raise CommandError(
             f"{path}: {' '.join(broken) or error.detail}", "Correct it and try again."
         ) from error

@@ -1,4 +1,4 @@
-"""`seuf submit | watch | get | list | cancel | download`: jobs of a running service."""
+"""`seuf submit | watch | get | list | cancel | retry | download`: jobs of a running service."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cli.watching import follow, outcome
 
 if TYPE_CHECKING:
     from client import Client
-    from client.types import Job
+    from client.types import Job, JobLimits
 
 JobId = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]
 
@@ -22,9 +22,13 @@ JobId = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]
 def submit(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Name or id of a registered model, or a folder.")],
-    forget: Annotated[str, typer.Option(help="What to forget: a JSON Lines file, or the id of an upload.")],
+    forget: Annotated[str, typer.Option(help="What to forget: a file, or the id of an upload.")],
     retain: Annotated[str | None, typer.Option(help="What to keep: a file or an id.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Probes for both: a file or an id.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="End the job after so many seconds.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Main memory it may use, such as 6GB; it plans for that.")
+    ] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="name=value, kept with the job.")] = None,
     watching: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
     url: options.Url = None,
@@ -36,6 +40,7 @@ def submit(
     fields, wanted = method.given(context)
     wanted.check_retain(given=retain is not None)
     labels = dict(options.pairs(metadata, "--metadata"))
+    limits = _limits(max_seconds, max_memory)
     with connect(url, key) as client:
         job = client.submit(
             _model(client, model),
@@ -43,6 +48,7 @@ def submit(
             retain_set=files.given(client, retain, "retain") if retain else None,
             evaluation_set=files.given(client, evaluation, "evaluation") if evaluation else None,
             method=fields,
+            limits=limits,
             metadata=labels,
         )
         if watching:
@@ -54,6 +60,19 @@ def submit(
         else:
             typer.echo(job["id"])
             output.say(f"Follow it with: seuf watch {job['id']}")
+
+
+def _limits(max_seconds: float | None, max_memory: str | None) -> JobLimits | None:
+    """What was given, None where nothing was: then an older service is not asked for what it does not know."""
+    from client.types import JobLimits
+    from seuf_core.plan.machine import parse_size
+
+    limits = JobLimits()
+    if max_seconds is not None:
+        limits["max_seconds"] = max_seconds
+    if max_memory is not None:
+        limits["max_memory_bytes"] = parse_size(max_memory)
+    return limits or None
 
 
 def _model(client: Client, text: str) -> str:
@@ -130,6 +149,8 @@ def _fields(job: Job) -> dict[str, object]:
         "forget set": job["forget_set"],
         "retain set": job["retain_set"],
         "evaluation set": job["evaluation_set"],
+        "limits": ", ".join(f"{name} {value:.15g}" for name, value in job["limits"].items() if value) or None,  # type: ignore[str-format]
+        "retry of": job["retry_of"],
         "metadata": " ".join(f"{name}={value}" for name, value in job["metadata"].items()) or None,
         "created": job["created_at"],
         "started": job["started_at"],
@@ -168,6 +189,27 @@ def cancel(job: JobId, url: options.Url = None, key: options.Key = None, json: o
         output.print_json(found)
     else:
         typer.echo(found["status"])
+
+
+def retry(
+    job: JobId,
+    watching: Annotated[bool, typer.Option("--watch", help="Follow the new job to its end.")] = False,
+    url: options.Url = None,
+    key: options.Key = None,
+    json: options.Json = False,
+) -> None:
+    """Run a failed or cancelled job again, as a new one that goes on from its last training checkpoint."""
+    with connect(url, key) as client:
+        found = client.retry(job)
+        if watching:
+            if not json:
+                output.say(f"{found['id']} is queued.")
+            _watch(client, found["id"], json)
+        elif json:
+            output.print_json(found)
+        else:
+            typer.echo(found["id"])
+            output.say(f"Follow it with: seuf watch {found['id']}")
 
 
 def download(

@@ -17,9 +17,9 @@ Key = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Limit = Annotated[int, typer.Option(min=1, max=100, help="Entries at most.")]
 Model = Annotated[Path, typer.Option(help="Folder of the base model; it is only read.")]
-Forget = Annotated[Path, typer.Option(help="What to forget (JSON Lines).")]
-Retain = Annotated[Path | None, typer.Option(help="What to keep (JSON Lines).")]
-Evaluation = Annotated[Path | None, typer.Option(help="Probes for both (JSON Lines).")]
+Forget = Annotated[Path, typer.Option(help="What to forget: JSON Lines, CSV, Parquet or text, by its extension.")]
+Retain = Annotated[Path | None, typer.Option(help="What to keep, likewise.")]
+Evaluation = Annotated[Path | None, typer.Option(help="Probes for both: JSON Lines, CSV or Parquet.")]
 Memory = Annotated[
     str | None,
     typer.Option(

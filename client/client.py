@@ -22,13 +22,16 @@ from client.types import (
     Estimate,
     Event,
     File,
+    Format,
     Job,
+    JobLimits,
     Metrics,
     Model,
     Page,
     Purpose,
     Submit,
 )
+from client.upload import PARTS_OVER, send_in_parts
 from client.webhooks import Webhooks
 
 RETRIES = 4  # of a GET whose connection broke: after .2, .4, .8 and 1.6 seconds
@@ -75,12 +78,33 @@ class Client:
 
     # Files
 
-    def upload(self, path: str | Path, purpose: Purpose) -> File:
-        """Stream a JSONL file to the service, which checks every line of it."""
+    def upload(
+        self,
+        path: str | Path,
+        purpose: Purpose,
+        *,
+        format: Format | None = None,  # noqa: A002  (the field's name)
+        progress: Progress | None = None,
+    ) -> File:
+        """Send a set to the service, which checks every line of it.
+
+        A file over 64 MiB, or over what the service takes at once, goes in parts; the same call after a cut sends what
+        is missing. `format`: where the file's extension does not say it.
+        """
         path = Path(path)
+        if path.stat().st_size <= PARTS_OVER:
+            try:
+                return self._upload_at_once(path, purpose, format)
+            except ApiError as error:
+                if error.code != "file_too_large":
+                    raise
+        return send_in_parts(self._ask, path, purpose, format, progress)
+
+    def _upload_at_once(self, path: Path, purpose: Purpose, format: Format | None) -> File:  # noqa: A002
+        fields = {"purpose": purpose} if format is None else {"purpose": purpose, "format": format}
         with path.open("rb") as stream:
-            parts = {"file": (path.name, stream, "application/jsonl")}
-            request = self._http.build_request("POST", "/files", data={"purpose": purpose}, files=parts)
+            parts = {"file": (path.name, stream, "application/octet-stream")}
+            request = self._http.build_request("POST", "/files", data=fields, files=parts)
             return cast("File", self._send(request).json())
 
     def file(self, file_id: str) -> File:
@@ -120,10 +144,13 @@ class Client:
         retain_set: ExampleSet | None = None,
         evaluation_set: ExampleSet | None = None,
         method: dict[str, Any] | None = None,
+        limits: JobLimits | None = None,
         metadata: dict[str, str] | None = None,
     ) -> Job:
         """Start a job; each set is the id of an uploaded file or a list of examples."""
         body = _job(model, forget_set, retain_set, evaluation_set, method)
+        if limits is not None:
+            body["limits"] = limits
         if metadata is not None:
             body["metadata"] = metadata
         return cast("Job", self._send(self._http.build_request("POST", "/jobs", json=body)).json())
@@ -160,6 +187,10 @@ class Client:
     def cancel(self, job_id: str) -> Job:
         """Ask a job to stop; a running one is `cancelling` until its worker has let go."""
         return cast("Job", self._send(self._http.build_request("POST", f"/jobs/{job_id}/cancel")).json())
+
+    def retry(self, job_id: str) -> Job:
+        """A new job like a failed or cancelled one, which goes on from its last training checkpoint."""
+        return cast("Job", self._send(self._http.build_request("POST", f"/jobs/{job_id}/retry")).json())
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Event]:
         """Every event after number `after`, live, until the job's last one; reconnects by itself."""
@@ -224,6 +255,25 @@ class Client:
 
     def _change(self, method: str, path: str, body: Any) -> Any:
         answer = self._send(self._http.build_request(method, path, json=body))
+        return answer.json() if answer.content else None
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        repeat: bool,
+        json: Any = None,
+        content: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        patient: bool = False,
+    ) -> Any:
+        # Completing an upload reads all of it: minutes, for gigabytes.
+        timeout = httpx.Timeout(self._timeout, read=None) if patient else self._timeout
+        request = self._http.build_request(
+            method, path, json=json, content=content, headers=headers, timeout=timeout
+        )
+        answer = _checked(self._repeat(request) if repeat else self._once(request))
         return answer.json() if answer.content else None
 
     def _lines(self, path: str) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
@@ -15,6 +15,7 @@ class Cutter:
     Attributes:
         budgets: bytes the server may send on the next connections; an empty list means no limit.
         connections: how many were opened.
+        sent: bytes that clients sent.
     """
 
     def __init__(self, target: str, budgets: list[int]) -> None:
@@ -22,6 +23,7 @@ class Cutter:
         self._target = (parts.hostname, parts.port)
         self.budgets = budgets
         self.connections = 0
+        self.sent = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -29,6 +31,9 @@ class Cutter:
     def close(self) -> None:
         """Take no more connections."""
         self._listener.close()
+
+    def _count(self, size: int) -> None:
+        self.sent += size
 
     def _accept(self) -> None:
         while True:
@@ -39,13 +44,17 @@ class Cutter:
             self.connections += 1
             budget = self.budgets.pop(0) if self.budgets else None
             outer = socket.create_connection(self._target)
-            threading.Thread(target=_copy, args=(inner, outer, None), daemon=True).start()
+            threading.Thread(target=_copy, args=(inner, outer, None, self._count), daemon=True).start()
             threading.Thread(target=_copy, args=(outer, inner, budget), daemon=True).start()
 
 
-def _copy(source: socket.socket, target: socket.socket, budget: int | None) -> None:
+def _copy(
+    source: socket.socket, target: socket.socket, budget: int | None, count: Callable[[int], None] | None = None
+) -> None:
     try:
         while data := source.recv(65536):
+            if count is not None:
+                count(len(data))
             if budget is not None:
                 data, budget = data[:budget], budget - len(data)
             target.sendall(data)

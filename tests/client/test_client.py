@@ -72,7 +72,7 @@ def test_every_method_from_upload_to_download(client, tenant, tiny_model, sets, 
         client.cancel(job["id"])
     assert (refused.value.status, refused.value.code) == (409, "transition_refused")
     client.delete_file(files["forget"]["id"])
-    with pytest.raises(ApiError, match="There is no file"):
+    with pytest.raises(ApiError, match="was deleted at"):
         client.file(files["forget"]["id"])
 
 
