@@ -44,8 +44,8 @@ def send_in_parts(
     ask: Ask,
     path: Path,
     purpose: Purpose,
-    format: Format | None,
-    progress: Sent | None,  # noqa: A002
+    format: Format | None,  # noqa: A002
+    progress: Sent | None,
 ) -> File:
     """Send `path`, or what is still missing of it, and have it made a file.
 
