@@ -22,6 +22,7 @@ from api import (
     metrics,
     models,
     problems,
+    ready,
     uploads,
     webhooks,
 )
@@ -33,6 +34,7 @@ from api.idempotency import Replayed, replay
 from api.metrics import Metrics
 from api.middleware import BodyMiddleware, RequestIdMiddleware
 from api.observed import PROBES, ObservedMiddleware
+from api.ready import StorageProbe
 from api.settings import ApiSettings
 from seuf_core.version import __version__
 from store.artefacts import Artefacts
@@ -72,6 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.state.metrics = Metrics(service.database)
+    app.state.storage_probe = StorageProbe(service)
     app.state.feed = Feed(service.database)
     problems.install(app)
     app.add_exception_handler(Replayed, replay)
@@ -83,6 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(ObservedMiddleware, requests=app.state.metrics.requests)
     app.add_middleware(RequestIdMiddleware)
     app.include_router(health.public)
+    app.include_router(ready.router)
     for part in (files, uploads, models, jobs, estimates, events, checkpoints, webhooks, audit, metrics, keys, health):
         app.include_router(part.router)
     _describe(app)
@@ -90,7 +94,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _telemetry() -> TelemetryConfig:
-    """FastAPI's own spans of requests, where the process traces (telemetry.tracing). Nothing is taken from OTEL_ alone."""
+    """FastAPI's own spans of requests, where the process traces; no OTEL_ variable alone turns anything on."""
     return {
         "tracing": tracing.provider() is not None,
         "tracer_provider": tracing.provider(),

@@ -1,5 +1,6 @@
 """Bring a database to the newest schema, from wherever the package is installed."""
 
+from functools import lru_cache
 from importlib.util import find_spec
 
 from alembic import command
@@ -27,7 +28,13 @@ def at_head(database: Database) -> bool:
     """Has the database every migration this code knows of?"""
     with database.engine.connect() as connection:
         current = MigrationContext.configure(connection).get_current_revision()
-    return current == ScriptDirectory.from_config(alembic_config()).get_current_head()
+    return current == _head()
+
+
+@lru_cache(maxsize=1)
+def _head() -> str | None:
+    """The newest revision that this code knows of; read from its files once."""
+    return ScriptDirectory.from_config(alembic_config()).get_current_head()
 
 
 def alembic_config(database_url: str | None = None) -> Config:

@@ -4,11 +4,9 @@ import subprocess
 import sys
 
 import httpx
-import pytest
 
 from api.app import create_app
 from api.auth import PUBLIC
-from api.settings import ApiSettings
 from tests.serving import on_sqlite
 
 HEAVY = ("torch", "transformers", "safetensors", "celery", "numpy", "pyarrow")
@@ -42,36 +40,6 @@ def test_every_route_needs_a_key(served):
                 "Basic" in str(headers) and answer.json()["code"] == "invalid_key"
             )
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
-
-
-def test_health_needs_no_key(served):
-    assert httpx.get(served.url + "/healthz").json()["status"] == "ok"
-    ready = httpx.get(served.url + "/readyz")
-    assert ready.status_code == 200, ready.text
-    assert ready.json()["parts"].keys() == {"database", "storage"}
-    assert httpx.get(served.url + "/openapi.json").status_code == 200
-
-
-@pytest.mark.parametrize("broken", ["database", "storage", "broker"])
-def test_readiness_names_the_part_that_does_not_work(tmp_path, sqlite_template, broken):
-    from fastapi.testclient import TestClient
-
-    path = tmp_path / "seuf.db"
-    if broken != "database":
-        path.write_bytes(sqlite_template.read_bytes())
-    broker = "redis://127.0.0.1:1/0" if broken == "broker" else ""
-    settings = ApiSettings(
-        data_dir=tmp_path, database_url=f"sqlite:///{path}", broker_url=broker, secret="k7Gm2xQ9" * 4, lane="database"
-    )
-    app = create_app(settings)
-    if broken == "storage":
-        drafts = tmp_path / "artefacts" / ".drafts"
-        drafts.rmdir()
-        drafts.write_text("a file where the folder should be")
-    answer = TestClient(app).get("/readyz")
-    assert answer.status_code == 503
-    assert answer.json()["status"] == "unready"
-    assert [name for name, part in answer.json()["parts"].items() if not part["ok"]] == [broken]
 
 
 def test_a_revoked_key_opens_nothing(tenant):
