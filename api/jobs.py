@@ -23,11 +23,13 @@ from seuf_core.data.reader import FileSummary, SetReader
 from seuf_core.data.records import Limits, Purpose
 from seuf_core.errors import DataError, MethodError, ModelError
 from seuf_core.families import require_experts
+from seuf_core.version import __version__
 from store.errors import FileDeletedError, NotFoundError
 from store.files import Files
-from store.jobs import Jobs, JobSpec, SetRef
+from store.jobs import Jobs, JobSpec, Moment, SetRef
 from store.models import Models
 from store.results import Results
+from store.settings import Settings
 from store.tables import Model
 from store.tenants import Quota
 from store.transitions import FINAL, Status
@@ -54,6 +56,7 @@ def submit_job(body: schemas.JobCreate, service: TheService, caller: TheCaller, 
     GET /capabilities lists its choices; fields that do not go together are refused, each with its pointer.
     """
     check_retain(body)
+    limits = _limits(body.limits, service.settings)
     inline = checked_inline(body)
     with placed(service) as placing:
         ids = {purpose: placing.put(io.BytesIO(content)) for purpose, (_, content) in inline.items()}
@@ -62,10 +65,27 @@ def submit_job(body: schemas.JobCreate, service: TheService, caller: TheCaller, 
             sets = {purpose: SetRef(file_id, inline[purpose][0].sha256) for purpose, file_id in ids.items()}
             for purpose, file_id in ids.items():
                 record(service, session, caller, file_id, inline[purpose][0], f"inline-{purpose}.jsonl")
-            row = Jobs(session, caller.tenant).create(_spec(body, session, caller, sets))
+            row = Jobs(session, caller.tenant).create(_spec(body, session, caller, sets, limits))
             audit(session, caller, "job.create", row.id)
             headers = {"Location": f"/jobs/{row.id}", "Retry-After": str(POLL_SECONDS)}
             return once.answer(session, 202, views.job(row), headers)
+
+
+def _limits(asked: schemas.JobLimits, settings: Settings) -> schemas.JobLimits:
+    """What the job may use: what it asks for, else what the service allows. 422 when it asks for more than that."""
+    most_memory = settings.max_job_memory_bytes or None
+    _refuse_above("max_seconds", asked.max_seconds, settings.max_job_seconds)
+    _refuse_above("max_memory_bytes", asked.max_memory_bytes, most_memory)
+    return schemas.JobLimits.model_construct(
+        max_seconds=asked.max_seconds or settings.max_job_seconds,
+        max_memory_bytes=asked.max_memory_bytes or most_memory,
+    )
+
+
+def _refuse_above(name: str, asked: float | None, most: float | None) -> None:
+    if asked is not None and most is not None and asked > most:
+        detail = f"This service allows a job {name} {most:.15g} at most; {asked:.15g} is asked for."
+        raise at(f"/limits/{name}", 422, "limit_too_high", detail, "Ask for less, or ask the operator.")
 
 
 def check_retain(body: schemas.JobCreate) -> None:
@@ -133,7 +153,11 @@ def _check(purpose: Purpose, content: bytes, format: Format, pointer: str) -> tu
 
 
 def _spec(
-    body: schemas.JobCreate, session: Session, caller: Caller, stored: dict[Purpose, SetRef]
+    body: schemas.JobCreate,
+    session: Session,
+    caller: Caller,
+    stored: dict[Purpose, SetRef],
+    limits: schemas.JobLimits,
 ) -> JobSpec:
     """The job with every name looked up, or 422 with a pointer to the one that is not there."""
     tenant = caller.tenant
@@ -153,6 +177,8 @@ def _spec(
         metadata=body.metadata,
         request_id=caller.request_id,
         traceparent=tracing.current(),
+        max_seconds=limits.max_seconds,
+        max_memory_bytes=limits.max_memory_bytes,
     )
 
 
@@ -218,8 +244,15 @@ def list_jobs(
                 model_id = Models(session, caller.tenant).get(query.model).id
             except NotFoundError:
                 return schemas.Page(data=[], has_more=False, next=None)
-        status = Status(query.status) if query.status is not None else None
-        page = Jobs(session, caller.tenant).list(query.cursor, query.limit, status, model_id)
+        page = Jobs(session, caller.tenant).list(
+            query.cursor,
+            query.limit,
+            [Status(status) for status in query.status],
+            model_id,
+            query.metadata,
+            query.created_after,
+            query.created_before,
+        )
     return views.page(page, views.job)
 
 
@@ -278,6 +311,32 @@ def cancel_job(job_id: str, service: TheService, caller: TheCaller) -> schemas.J
         row = Jobs(session, caller.tenant).request_cancel(job_id)
         audit(session, caller, "job.cancel", job_id)
     return views.job(row)
+
+
+@router.post(
+    "/{job_id}/retry",
+    dependencies=[needs("jobs:write")],
+    status_code=202,
+    response_model=schemas.Job,
+    responses=problems(404, 409),
+)
+def retry_job(job_id: str, service: TheService, caller: TheCaller, once: TheOnce) -> Response:
+    """Run a failed or cancelled job again, as a new job with the same model, sets, method and limits.
+
+    It goes on from the last training checkpoint of the old one, if the machine that ran it still has it (an operator
+    says for how many days), and else from the start. Either way it ends with the same weights, bit for bit, as one
+    run without a break. Its limits count anew. 409 for a job in another state, and when one of its sets was deleted.
+    """
+    with service.database.write() as session:
+        Quota(session, caller.tenant).check(service.settings.limits(), jobs=1)
+        try:
+            row = Jobs(session, caller.tenant).retry(job_id, caller.request_id, tracing.current())
+        except FileDeletedError as error:
+            fix = "Upload the set again and submit a new job."
+            raise Problem(409, "file_deleted", error.message, fix) from error
+        audit(session, caller, "job.retry", row.id)
+        headers = {"Location": f"/jobs/{row.id}", "Retry-After": str(POLL_SECONDS)}
+        return once.answer(session, 202, views.job(row), headers)
 
 
 @router.get("/{job_id}/attribution", dependencies=[needs("jobs:read")], responses=problems(404))

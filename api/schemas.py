@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -20,6 +22,7 @@ from seuf_core.data.formats import Format
 from seuf_core.method import Method
 
 T = TypeVar("T")
+_METADATA_KEY = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 Purpose = Literal["forget", "retain", "evaluation"]
 Status = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed", "rejected"]
 
@@ -262,6 +265,27 @@ Metadata = Annotated[
 ]
 
 
+class JobLimits(Body):
+    """What a job may use. One that needs more ends `failed`, with TIME_LIMIT or MEMORY_LIMIT and the figure."""
+
+    max_seconds: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds since its first start, waits between attempts included. Null in a request: the service's "
+        "own limit (GET /capabilities).",
+        examples=[14_400],
+    )
+    max_memory_bytes: int | None = Field(
+        None,
+        ge=1 << 29,
+        le=1 << 62,
+        description="Bytes of main memory, without mapped files. The plan of the job keeps under it. Null: what is "
+        "free when it starts, or the service's own limit.",
+        examples=[6_000_000_000],
+    )
+
+
 class JobCreate(Body):
     """A job: what is forgotten, from which model, and how."""
 
@@ -273,6 +297,7 @@ class JobCreate(Body):
                     "forget_set": {"file": FILE_ID},
                     "retain_set": {"file": FILE_ID.replace("7h", "8h")},
                     "method": {"preset": "default", "steps": 60, "seed": 7},
+                    "limits": {"max_seconds": 14_400},
                     "metadata": {"ticket": "DSR-1042"},
                 },
                 {
@@ -300,6 +325,7 @@ class JobCreate(Body):
         default_factory=lambda: Method.model_validate({}),
         description="How; what is not given comes from the preset.",
     )
+    limits: JobLimits = Field(default_factory=lambda: JobLimits(), description="What it may use.")
     metadata: Metadata = Field(default_factory=dict, description="Your own names and values, up to 16.")
 
 
@@ -347,9 +373,13 @@ class Job(Answer):
     evaluation_set: str | None
     method: dict[str, Any] = Field(description="The complete Method: every field as the job uses it.")
     seed: int
+    limits: JobLimits = Field(description="What it may use, with the service's own limits filled in.")
     metadata: dict[str, str]
+    retry_of: str | None = Field(description="The job that this one goes on from.", examples=[JOB_ID])
     cancel_requested: bool
-    attempts: int = Field(description="How often a worker has taken it.")
+    attempts: int = Field(
+        description="How often a worker has taken it, not counting workers that were stopped in good order."
+    )
     error: JobError | None
     checkpoint: str | None = Field(examples=[CHECKPOINT_ID])
     created_at: UtcTime
@@ -359,10 +389,32 @@ class Job(Answer):
 
 
 class JobQuery(ListQuery):
-    """The query of the job list."""
+    """The query of the job list; a job must fit every filter that is given."""
 
-    status: Status | None = Field(None, description="Only jobs in this state.")
+    status: list[Status] = Field(
+        [], max_length=7, description="Only jobs in one of these states: ?status=queued&status=running."
+    )
     model: Text | None = Field(None, max_length=64, description="Only jobs on this model (id or name).")
+    metadata: Metadata = Field(
+        default_factory=dict, description="Only jobs with these values: ?metadata[ticket]=DSR-1042."
+    )
+    created_after: AwareDatetime | None = Field(
+        None, description="Only jobs made at this time or later; with its zone.", examples=[_TIME]
+    )
+    created_before: AwareDatetime | None = Field(
+        None, description="Only jobs made before this time; with its zone.", examples=[_TIME]
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        """metadata[name]=value as one object, as OpenAPI's deepObject has it."""
+        if not isinstance(given, dict):
+            return given
+        named = {key: _METADATA_KEY.fullmatch(key) for key in given}
+        gathered = {found[1]: given[key] for key, found in named.items() if found is not None}
+        rest = {key: value for key, value in given.items() if named[key] is None}
+        return rest | {"metadata": gathered} if gathered else rest
 
 
 class Event(Answer):

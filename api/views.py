@@ -101,7 +101,11 @@ def job(row: tables.Job) -> schemas.Job:
         evaluation_set=row.evaluation_file,
         method=row.method,
         seed=row.seed,
+        limits=schemas.JobLimits.model_construct(
+            max_seconds=row.max_seconds, max_memory_bytes=row.max_memory_bytes
+        ),
         metadata=row.meta,
+        retry_of=row.retry_of,
         cancel_requested=row.cancel_requested,
         attempts=row.attempts,
         error=error,

@@ -55,6 +55,7 @@ app.command("watch", epilog=_example("seuf watch job_a2b3c4d5e6f7g2h3i4j5"))(job
 app.command("get", epilog=_example("seuf get job_a2b3c4d5e6f7g2h3i4j5 --json"))(jobs.get)
 app.command("list", epilog=_example("seuf list --status running"))(jobs.list_jobs)
 app.command("cancel", epilog=_example("seuf cancel job_a2b3c4d5e6f7g2h3i4j5"))(jobs.cancel)
+app.command("retry", epilog=_example("seuf retry job_a2b3c4d5e6f7g2h3i4j5 --watch"))(jobs.retry)
 app.command("download", epilog=_example("seuf download job_a2b3c4d5e6f7g2h3i4j5 --out unlearned"))(
     jobs.download
 )

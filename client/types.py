@@ -101,6 +101,13 @@ class JobError(TypedDict):
     fix: str | None
 
 
+class JobLimits(TypedDict, total=False):
+    """What a job may use: seconds since its first start, bytes of main memory."""
+
+    max_seconds: float | None
+    max_memory_bytes: int | None
+
+
 class Job(TypedDict):
     """One job; times are ISO 8601 in UTC."""
 
@@ -115,7 +122,9 @@ class Job(TypedDict):
     evaluation_set: str | None
     method: dict[str, Any]
     seed: int
+    limits: JobLimits
     metadata: dict[str, str]
+    retry_of: str | None
     cancel_requested: bool
     attempts: int
     error: JobError | None
@@ -205,6 +214,7 @@ class Submit(TypedDict):
     retain_set: NotRequired[dict[str, Any]]
     evaluation_set: NotRequired[dict[str, Any]]
     method: NotRequired[dict[str, Any]]
+    limits: NotRequired[JobLimits]
     metadata: NotRequired[dict[str, str]]
 
 
