@@ -244,6 +244,9 @@ def openapi_with_problems(schema: dict[str, Any]) -> dict[str, Any]:
     schemas.get("Method", {}).pop("required", None)
     for path in schema["paths"].values():
         for operation in path.values():
+            for parameter in operation.get("parameters", []):
+                if parameter["schema"].get("type") == "object":  # metadata[name]=value (schemas.JobQuery)
+                    parameter |= {"style": "deepObject", "explode": True}
             for status, response in operation.get("responses", {}).items():
                 content = response.get("content", {})
                 if status == "422" and MEDIA_TYPE not in content:

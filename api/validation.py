@@ -91,7 +91,8 @@ def _one(error: Mapping[str, Any], body: Any) -> dict[str, Any]:
     if location and location[0] == "body":
         field["pointer"] = "" if kind == "json_invalid" else _pointer(location[1:], body, kind)
     else:
-        field["parameter"] = str(location[-1]) if location else ""
+        # ("query", name), and behind it the place in a list or an object.
+        field["parameter"] = str(location[:2][-1]) if location else ""
     field["fix"] = _FIX.get(kind, _ANY_FIX).format_map(error.get("ctx") or {})
     if kind == "literal_error" and " or " not in field["fix"]:  # a word beside numbers: "auto"
         field["fix"] = field["fix"].replace("one of ", "")

@@ -3,12 +3,13 @@
 What workers do with them is store.leases and store.fenced.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple, Self
 
 from store import events, transitions
-from store.errors import TransitionRefusedError
+from store.errors import NotFoundError, TransitionRefusedError
 from store.files import Files
 from store.ids import new_id
 from store.outbox import Outbox
@@ -41,6 +42,21 @@ class JobSpec:
     max_seconds: float | None = None
     max_memory_bytes: int | None = None
     retry_of: str | None = None
+
+
+class Moment(NamedTuple):
+    """What tells one state of a job from another: whatever else of it is shown changes with an event."""
+
+    status: Status
+    event_seq: int
+    attempts: int
+    cancel_requested: bool
+    checkpoint_id: str | None
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The moment of a job."""
+        return cls(*(getattr(job, name) for name in cls._fields))
 
 
 class Jobs(Repository):
@@ -114,18 +130,36 @@ class Jobs(Repository):
         """The job, or NotFoundError."""
         return self._one(self._select(Job).where(Job.id == job_id), "job", job_id)
 
+    def moment(self, job_id: str) -> Moment:
+        """Where the job stands, without the rest of it. NotFoundError."""
+        columns = (getattr(Job, name) for name in Moment._fields)
+        query = self._select(Job).where(Job.id == job_id).with_only_columns(*columns)
+        row = self.session.execute(query).one_or_none()
+        if row is None:
+            raise NotFoundError("job", job_id)
+        return Moment(*row)
+
     def list(
         self,
         cursor: str | None = None,
         limit: int = 20,
-        status: Status | None = None,
+        statuses: Collection[Status] = (),
         model_id: str | None = None,
         metadata: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
     ) -> Page[Job]:
-        """Newest first; every given filter must match. `metadata`: keys whose value must equal."""
+        """Newest first; every given filter must match.
+
+        `statuses`: one of them; `metadata`: keys whose value must equal; `created_after` that time or later.
+        """
         query = self._select(Job)
-        if status is not None:
-            query = query.where(Job.status == status)
+        if statuses:
+            query = query.where(Job.status.in_(statuses))
+        if created_after is not None:
+            query = query.where(Job.created_at >= created_after)
+        if created_before is not None:
+            query = query.where(Job.created_at < created_before)
         if model_id is not None:
             query = query.where(Job.model_id == model_id)
         for key, value in (metadata or {}).items():

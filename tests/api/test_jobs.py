@@ -4,6 +4,7 @@ import json
 import re
 from xml.etree import ElementTree
 
+import httpx
 import pytest
 from sqlalchemy import select
 
@@ -341,3 +342,42 @@ def test_a_model_that_broke_is_shown_with_nulls(tenant, tiny_model):
     assert tenant.http.get(f"/jobs/{job}").json()["progress"]["loss"] is None
     assert tenant.http.get("/jobs").json()["data"][0]["progress"]["loss"] is None
     assert tenant.http.get(f"/jobs/{job}/events").json()["data"][-1]["data"] == {"step": 1, "loss": None}
+
+
+def test_filters_by_state_metadata_and_time(tenant, tiny_model):
+    old = tenant.submit(tiny_model, metadata={"ticket": "DSR-1", "a b": "x[y]=&"})["id"]
+    new = tenant.submit(tiny_model, metadata={"ticket": "DSR-1", "team": "legal"})
+    tenant.http.post(f"/jobs/{old}/cancel")
+
+    def ids(query):
+        answer = tenant.http.get("/jobs", params=query)
+        assert answer.status_code == 200, answer.text
+        return [job["id"] for job in answer.json()["data"]]
+
+    assert ids([("status", "queued"), ("status", "cancelled")]) == [new["id"], old]
+    assert ids({"metadata[ticket]": "DSR-1"}) == [new["id"], old]
+    assert ids({"metadata[ticket]": "DSR-1", "metadata[team]": "legal"}) == [new["id"]]
+    assert ids({"metadata[a b]": "x[y]=&"}) == [old]
+    assert ids({"metadata[ticket]": "DSR-1", "status": "running"}) == []
+    # Answers have milliseconds, rows have more: "after" takes the second's own jobs in.
+    made = new["created_at"]
+    assert ids({"created_after": made})[0] == new["id"]
+    assert ids({"created_after": "2100-01-01T00:00:00Z"}) == []
+    assert old in ids({"created_before": "2100-01-01T00:00:00Z"})
+    assert ids({"created_before": "2000-01-01T00:00:00+02:00"}) == []
+    for wrong, names in {
+        "created_after=2026-01-01T00:00:00": "created_after",
+        "metadata[ticket]=a&metadata[ticket]=b": "metadata",
+        "metadata[]=a": "metadata[]",
+        "metadata=a": "metadata",
+        "metdata[ticket]=a": "metdata[ticket]",
+    }.items():
+        refused = tenant.http.get(f"/jobs?{wrong}")
+        assert (refused.status_code, refused.json()["errors"][0]["parameter"]) == (422, names)
+
+
+def test_openapi_says_how_to_filter_by_metadata(served):
+    document = httpx.get(served.url + "/openapi.json").json()
+    found = {one["name"]: one for one in document["paths"]["/jobs"]["get"]["parameters"]}
+    assert (found["metadata"]["style"], found["metadata"]["explode"]) == ("deepObject", True)
+    assert found["status"]["schema"]["type"] == "array"

@@ -79,11 +79,11 @@ def test_list_filters(database: Database) -> None:
             return [job.id for job in Jobs(session).list(**filters).data]
 
     assert ids() == [running, two, one]
-    assert ids(status=Status.RUNNING) == [running]
+    assert ids(statuses=[Status.RUNNING]) == [running]
     assert ids(model_id=model_id) == [one]
     assert ids(metadata={"team": "a"}) == [two, one]
     assert ids(metadata={"team": "a", "ticket": "1"}) == [one]
-    assert ids(metadata={"team": "a"}, status=Status.RUNNING) == []
+    assert ids(metadata={"team": "a"}, statuses=[Status.RUNNING]) == []
 
 
 WITH_NUL = base64.urlsafe_b64encode(b"2026-01-01T00:00:00+00:00|job_\0x").decode()
