@@ -317,7 +317,7 @@ class Client:
                 "Have its operator set an https address as SEUF_S3_PUBLIC_ENDPOINT_URL.",
             )
         # If-Range names the service's tag of the file; the store has another one. The digest decides at the end.
-        asked = {name: value for name, value in headers.items() if name == "Range"}
+        asked = {name: value for name, value in headers.items() if name != "If-Range"}
         return self._elsewhere.send(self._elsewhere.build_request("GET", url, headers=asked), stream=True)
 
     def _stream(self, job_id: str, after: int) -> AbstractContextManager[httpx.Response]:

@@ -18,7 +18,6 @@ import httpx
 from client.errors import ApiError, DownloadError
 from client.types import Checkpoint, CheckpointFile
 
-CHUNK = 1 << 20
 ATTEMPTS = 5  # consecutive connections that bring not one byte, before giving up
 BUSY = frozenset({429, 500, 502, 503, 504})  # what a service or a store says that will do it in a moment
 
@@ -108,7 +107,9 @@ def _append(
 ) -> None:
     """One connection's worth of bytes, from `there` on; starts over when the server sends the whole file."""
     # If-Range: a file that changed meanwhile comes whole (200) instead of being glued onto the old half.
-    headers = {"Range": f"bytes={there}-", "If-Range": f'"{file["sha256"]}"'} if there else {}
+    headers = {"Accept-Encoding": "identity"}
+    if there:
+        headers |= {"Range": f"bytes={there}-", "If-Range": f'"{file["sha256"]}"'}
     response = fetch(url, headers)
     try:
         if response.status_code not in (200, 206):
@@ -118,7 +119,8 @@ def _append(
         if response.status_code == 200:
             there = 0
         with path.open("ab" if there else "wb") as out:
-            for chunk in response.iter_bytes(CHUNK):
+            # As they come: bytes that httpx gathers into larger pieces are lost when the connection breaks.
+            for chunk in response.iter_raw():
                 out.write(chunk)
                 there += len(chunk)
                 if there > file["bytes"]:

@@ -22,7 +22,9 @@ PARTS_AT_ONCE: Final = 4
 READ_BYTES: Final = 8 << 20
 """Read ahead per open file."""
 TIMEOUTS: Final = {"connect_timeout": 5, "read_timeout": 60}
-"""Seconds. s3fs and botocore try again by themselves, for some seconds."""
+"""Seconds."""
+TRIES: Final = 2
+"""Of s3fs, each of up to two calls by botocore: a few seconds, then somebody else decides whether to wait."""
 MANIFEST: Final = "manifest.json"
 
 
@@ -43,11 +45,16 @@ class Bucket:
         self._bucket = self._root.partition("/")[0]
         # Another process may have changed what a listing said a moment ago, so none is kept.
         options = {
-            "config_kwargs": {"signature_version": "s3v4", "retries": {"mode": "standard"}, **TIMEOUTS},
+            "config_kwargs": {
+                "signature_version": "s3v4",
+                "retries": {"total_max_attempts": 2, "mode": "standard"},
+                **TIMEOUTS,
+            },
             "use_listings_cache": False,
             "skip_instance_cache": True,
         }
         self._fs: Any = s3fs.S3FileSystem(endpoint_url=endpoint_url or None, **options)
+        self._fs.retries = TRIES
         self._signer: Any = self._fs
         if public_endpoint_url:
             self._signer = s3fs.S3FileSystem(endpoint_url=public_endpoint_url, **options)
