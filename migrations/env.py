@@ -16,7 +16,7 @@ MIGRATION_LOCK = 2411_18797
 def _run() -> None:
     database = Database(context.config.attributes["url"])
     if database.is_sqlite:
-        event.listen(database.engine, "connect", _without_foreign_keys)
+        event.listen(database.writing_engine, "connect", _without_foreign_keys)
     try:
         # The writing engine: SQLite takes its write lock first, so two starters cannot both create the
         # tables.

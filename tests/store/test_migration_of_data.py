@@ -140,14 +140,14 @@ def _url(database: Database) -> str:
 
 def _tables(database: Database) -> MetaData:
     found = MetaData()
-    found.reflect(database.engine)
+    found.reflect(database.writing_engine)
     found.remove(found.tables["alembic_version"])
     return found
 
 
 def _shape(database: Database) -> dict[str, Any]:
     """Columns, indexes, rules and references of every table."""
-    looked = inspect(database.engine)
+    looked = inspect(database.writing_engine)
     return {
         name: (
             {
