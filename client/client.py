@@ -277,7 +277,7 @@ class Client:
         return answer.json() if answer.content else None
 
     def _lines(self, path: str) -> Iterator[bytes]:
-        with self._open(path, {}) as response:
+        with self._http.stream("GET", path) as response:
             if response.is_error:
                 response.read()
                 raise ApiError.from_response(response)
