@@ -57,6 +57,11 @@ def known_jobs(session: Session, ids: Collection[str]) -> set[str]:
     return _among(session, Job.id, ids)
 
 
+def ended_jobs(session: Session, ids: Collection[str]) -> set[str]:
+    """Those of these jobs that have ended."""
+    return _among(session, Job.id, ids, Job.status.in_(FINAL))
+
+
 def done_with_work(session: Session, ids: Collection[str], keep_days: float) -> set[str]:
     """Those of these jobs whose work folder is of no more use.
 
@@ -64,9 +69,9 @@ def done_with_work(session: Session, ids: Collection[str], keep_days: float) -> 
     its end, and longer while a retry of it is not finished.
     """
     before = utc_now(session) - timedelta(days=keep_days)
-    ended = _among(session, Job.id, ids, Job.status.in_(FINAL - RETRIABLE))
+    finished = _among(session, Job.id, ids, Job.status.in_(FINAL - RETRIABLE))
     old = _among(session, Job.id, ids, Job.status.in_(RETRIABLE) & (Job.finished_at < before))
-    return ended | (old - _among(session, Job.retry_of, old, Job.status.not_in(FINAL)))
+    return finished | (old - _among(session, Job.retry_of, old, Job.status.not_in(FINAL)))
 
 
 def _among(

@@ -29,6 +29,25 @@ def open_attempt(work: Path, job_id: str, token: int, ancestors: Sequence[str] =
     return mine
 
 
+def trim(work: Path, job_id: str, token: int | None = None) -> None:
+    """Leave nothing of an attempt that is over but its training checkpoints: no set, no half-written checkpoint.
+
+    Of every attempt without a token: for a job that has ended.
+    """
+    for attempt in _attempts(work / job_id):
+        if token is None or attempt.name == str(token):
+            for entry in attempt.iterdir():
+                if entry.name != TRAINING:
+                    _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
+
+
 def newest_training(work: Path, job_id: str) -> Path | None:
     """Where the newest training checkpoints of a job lie, if it has any here."""
     return next((folder / TRAINING for folder in _attempts(work / job_id) if _saved(folder)), None)

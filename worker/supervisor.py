@@ -22,6 +22,7 @@ from store.fenced import FencedJob
 from store.leases import Claim, Limits, Loss
 from store.settings import Settings
 from worker import telling
+from worker.folders import trim
 from worker.memory import held_bytes
 from worker.progress import insist
 from worker.telling import Assignment
@@ -125,6 +126,8 @@ class Supervisor:
         finally:
             _clear(process)
         if not engine.lease_lost:
+            with suppress(OSError):  # a sweep will do it
+                trim(self.settings.work_dir, claim.job_id, claim.token)
             insist(lambda: self._write_end(engine, claim))
 
     def _assign(self, given: Assignment) -> subprocess.Popen[bytes]:

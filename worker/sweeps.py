@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy.orm import Session
@@ -26,6 +27,7 @@ from store import checkpoints, files, orphans
 from store.artefacts import Artefacts
 from store.database import Database
 from store.settings import Settings
+from worker.folders import trim
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +95,14 @@ def sweep_work(database: Database, settings: Settings) -> None:
     with database.read() as session:
         done = orphans.done_with_work(session, folders, settings.keep_work_days)
         unknown = folders.keys() - orphans.known_jobs(session, folders)
+        ended = orphans.ended_jobs(session, folders) - done
     before = time.time() - settings.orphan_grace_seconds
     done |= {name for name in unknown if _changed_at(folders[name]) < before}
     for name in done:
         shutil.rmtree(folders[name], ignore_errors=True)
+    for name in ended:  # of an engine that was killed together with its supervisor
+        with suppress(OSError):
+            trim(settings.work_dir, name)
     if done:
         log.info("%d work folders of ended jobs are deleted", len(done))
 

@@ -196,14 +196,15 @@ def test_an_engine_told_to_stop_by_a_stranger_is_a_lost_attempt(make_house: Make
     assert "somebody else" in house.events(job_id, "status")[-1]["reason"]
 
 
+@SQLITE
 def test_a_job_over_its_time_is_stopped_with_a_training_checkpoint(make_house: Make) -> None:
     house = make_house("runs_until_stopped")
-    job_id = house.submit(limits=(2.0, None))
+    job_id = house.submit(limits=(6.0, None))  # most of which a busy machine needs to start the engine
     supervise(house, job_id)
     job = house.job(job_id)
     assert (job.status, job.error_code) == ("failed", "TIME_LIMIT")
-    assert "limits.max_seconds 2." in (job.error_message or "")
-    assert int(saved_step(house, job_id)) > 0
+    assert "limits.max_seconds 6." in (job.error_message or "")
+    assert saved_step(house, job_id) > 0
 
 
 @SQLITE
@@ -264,6 +265,7 @@ def test_cancel_while_running(make_house: Make) -> None:
     assert not is_alive(pid)
     # The last training checkpoint is there for a retry.
     assert saved_step(house, job_id) > 0
+    assert [path.name for path in (house.settings.work_dir / job_id).glob("*/*")] == ["training"]
     assert [data["status"] for data in house.events(job_id, "status")][-2:] == ["cancelling", "cancelled"]
 
 

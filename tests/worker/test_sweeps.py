@@ -149,8 +149,14 @@ def test_work_folders_are_kept_for_a_retry_and_no_longer(make_house: Make) -> No
         "job_stranger": "stranger",
     }
     for job_id in names:
-        (house.settings.work_dir / job_id / "1" / "training").mkdir(parents=True)
+        attempt = house.settings.work_dir / job_id / "1"
+        for folder in ("training", "sets"):
+            (attempt / folder).mkdir(parents=True)
+        (attempt / "sets" / "forget.jsonl").write_text("what is to be forgotten")
     age(house.settings.work_dir / "job_old_stranger", 2 * DAY)
     sweeps.sweep_work(house.database, house.settings)
     left = {names[folder.name] for folder in house.settings.work_dir.iterdir()}
     assert left == {"running", "young", "retried", "stranger"}
+    # A retry needs no set of the old job, and whoever deletes one wants it gone.
+    sets = {names[path.parts[-4]] for path in house.settings.work_dir.glob("*/*/sets/forget.jsonl")}
+    assert sets == {"running", "stranger"}
