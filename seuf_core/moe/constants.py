@@ -220,8 +220,8 @@ class FrozenRouter(Beginning):
 class _Looked:
     """One sequence of n tokens. Numbers on the shelf:
 
-    entry: [n, H], what flowed into the layer. parts: what its constant parts said. experts: [n, K], the last ones
-    whose outputs are kept; -1 before the first. outputs: [n, K, H].
+    entry: [n, H], what flowed into the layer. parts: what its constant parts said. experts: [n, K], those the base
+    model sends the tokens to. outputs: [n, K, H], what they say.
     """
 
     entry: int
@@ -234,9 +234,10 @@ class TrainedRouter(Beginning):
     """A pass that begins above the lowest target layer, whose router is trained.
 
     Every token may be sent elsewhere, so all of them go through the layer; of a frozen expert's answer to a token only
-    its weight changes. The answers are kept as they are first asked for, and again where a token is sent to another
-    expert: that is exact however far the router drifts. Memory of a bf16 model: 2 * (1 + K) * H bytes a token and
-    twice the widths of what attention and shared experts say.
+    its weight changes. The answers of the experts that the base model asks are kept; where a token is sent to another,
+    that one is asked: exact however far the router drifts. What is asked later is not kept: its rounding depends on
+    the tokens beside it, so a run that was resumed would remember other answers than one that was not. Memory of a
+    bf16 model: 2 * (1 + K) * H bytes a token and twice the widths of what attention and shared experts say.
     """
 
     def __init__(self, view: MoEView, targets: Mapping[int, tuple[int, ...]], shelf: Shelf) -> None:
@@ -250,16 +251,21 @@ class TrainedRouter(Beginning):
         """See `Constants.keep`."""
         put = self._shelf.put
         watched = self._run.watch(flow, routed)
-        width, K = watched.out.shape[1], watched.index.shape[1]
         for at, row in enumerate(rows):
-            first, n = at * flow.states.shape[1], len(row.input_ids)
-            here = slice(first, first + n)
+            first = at * flow.states.shape[1]
+            here = slice(first, first + len(row.input_ids))
+            states, index = watched.states[here], watched.index[here]
+            answers = self._ask(states.repeat_interleave(index.shape[1], dim=0), index.flatten())
             self._kept[id(row)] = _Looked(
                 put(watched.entry[here]),
                 tuple(put(said[here]) for said in watched.parts),
-                put(torch.full((n, K), -1)),
-                put(torch.zeros(n, K, width, dtype=watched.out.dtype)),
+                put(index),
+                put(answers.view(*index.shape, -1)),
             )
+
+    def _ask(self, states: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """What expert experts[i] says to states[i], [N, H], without its weight."""
+        return self._run.run_frozen(states, experts[:, None], states.new_ones(len(states), 1))
 
     def begin(self, rows: Sequence[Encoded], batch: Batch) -> tuple[Flow, Route]:
         """Output of the target layer, padded."""
@@ -296,10 +302,5 @@ class TrainedRouter(Beginning):
         outputs = outputs.view(R * K, width)[where.flatten()].view(R, K, width)
         token, slot = torch.where(~found.any(dim=1) & ~torch.isin(index, self._targets.to(device)))
         if token.numel():
-            ones = states.new_ones(len(token), 1)
-            outputs[token, slot] = self._run.run_frozen(states[token], index[token, slot][:, None], ones)
-        sizes = [len(self._shelf[one.experts]) for one in kept]
-        for one, its_experts, its_outputs in zip(kept, index.split(sizes), outputs.split(sizes), strict=True):
-            self._shelf[one.experts].copy_(its_experts)
-            self._shelf[one.outputs].copy_(its_outputs)
+            outputs[token, slot] = self._ask(states[token], index[token, slot])
         return outputs
