@@ -30,6 +30,7 @@ from api.auth import KeyMiddleware
 from api.context import Service
 from api.docs import openapi_with_problems
 from api.feed import Feed
+from api.headers import HeadersMiddleware
 from api.idempotency import Replayed, replay
 from api.metrics import Metrics
 from api.middleware import BodyMiddleware, RequestIdMiddleware
@@ -84,6 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
         BodyMiddleware, max_bytes=JSON_BYTES, streamed=STREAMED, patience=full.slow_body_seconds
     )
     app.add_middleware(ObservedMiddleware, requests=app.state.metrics.requests)
+    app.add_middleware(HeadersMiddleware, hosts=full.allowed_hosts)
     app.add_middleware(RequestIdMiddleware)
     app.include_router(health.public)
     app.include_router(ready.router)

@@ -21,6 +21,19 @@ class ApiSettings(Settings):
         "the service can read, which is right on one's own machine only.",
     )
 
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names that a request may have in its Host header, separated by commas; empty: any. Health checks "
+        "and metrics need theirs in it too.",
+    )
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return tuple(name.strip() for name in given.split(",") if name.strip())
+        return given
+
     @field_validator("model_roots", mode="before")
     @classmethod
     def _split(cls, given: Any) -> Any:

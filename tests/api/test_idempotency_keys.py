@@ -125,7 +125,10 @@ def test_every_post_that_creates_takes_one(served: Any) -> None:
 def test_another_request_under_the_same_key_is_refused(ready: Tenant) -> None:
     body = body_of_job(ready)
     assert post(ready, "k", "/jobs", body).status_code == 202
-    for path, other in (("/jobs", body | {"metadata": {"a": "b"}}), ("/keys", {"name": "k", "scopes": ["admin"]})):
+    for path, other in (
+        ("/jobs", body | {"metadata": {"a": "b"}}),
+        ("/keys", {"name": "k", "scopes": ["admin"]}),
+    ):
         refused = post(ready, "k", path, other)
         assert (refused.status_code, refused.json()["code"]) == (422, "idempotency_key_reused")
     assert upload(ready, "f").status_code == 201
@@ -164,7 +167,9 @@ def test_in_flight_is_409_until_it_is_taken_for_dead(ready: Tenant) -> None:
     assert post(ready, "k", "/jobs", body).status_code == 202
     database = ready.served.database
     with database.write() as session:
-        session.execute(update(IdempotentRequest).where(IdempotentRequest.tenant == ready.name).values(status=None))
+        session.execute(
+            update(IdempotentRequest).where(IdempotentRequest.tenant == ready.name).values(status=None)
+        )
     busy = post(ready, "k", "/jobs", body)
     assert (busy.status_code, busy.json()["code"]) == (409, "request_in_flight")
     assert int(busy.headers["retry-after"]) >= 1

@@ -46,9 +46,7 @@ def theirs(tenant: Tenant, tiny_model: Path, tmp_path: Path) -> Theirs:
     model = tenant.register(tiny_model, f"model-{MARK}")
     parts = {"file": (f"{MARK}.jsonl", "\n".join(lines_of("forget")).encode())}
     file = _created(tenant.http.post("/files", data={"purpose": "forget"}, files=parts))
-    upload = _created(
-        tenant.http.post("/uploads", json={"purpose": "forget", "filename": f"{MARK}.jsonl"})
-    )
+    upload = _created(tenant.http.post("/uploads", json={"purpose": "forget", "filename": f"{MARK}.jsonl"}))
     _created(tenant.http.put(f"/uploads/{upload['id']}/parts/1", content=b'{"text": "a"}\n'))
     body = {
         "model": model["id"],
@@ -58,7 +56,9 @@ def theirs(tenant: Tenant, tiny_model: Path, tmp_path: Path) -> Theirs:
     }
     jobs = [_created(tenant.http.post("/jobs", json=body)) for _ in range(2)]
     held = tenant.run(jobs[0]["id"])
-    checkpoint = finish(tenant.served, held, tmp_path / "made", {"w.safetensors": b"0", "delta.safetensors": b"1"})
+    checkpoint = finish(
+        tenant.served, held, tmp_path / "made", {"w.safetensors": b"0", "delta.safetensors": b"1"}
+    )
     hook = _created(
         tenant.http.post("/webhooks", json={"url": f"https://1.1.1.1/{MARK}", "events": ["job.succeeded"]})
     )
@@ -213,7 +213,10 @@ def _routes(served: Served) -> dict[Operation, list[str]]:
             if route.path in PUBLIC:
                 continue
             named = [
-                scope for one in route.dependencies if isinstance(one, params.Security) for scope in one.scopes
+                scope
+                for one in route.dependencies
+                if isinstance(one, params.Security)
+                for scope in one.scopes
             ]
             for verb in route.methods:
                 found[verb.lower(), route.path_format] = named
@@ -229,7 +232,9 @@ def _like(value: str) -> str:
     return new_id(value.partition("_")[0]) if "_" in value else value
 
 
-def _ask(http: httpx.Client, operation: Operation, spec: dict[str, Any], ids: dict[str, str]) -> httpx.Response:
+def _ask(
+    http: httpx.Client, operation: Operation, spec: dict[str, Any], ids: dict[str, str]
+) -> httpx.Response:
     verb, path = operation
     body = body_of(operation, ids) if "requestBody" in spec else {}
     return http.request(verb, path.format(**{name: ids[name] for name in _named(path)}), **body)
