@@ -429,7 +429,7 @@ class Event(Answer):
 class EventQuery(Body):
     """The query of the event list."""
 
-    after: int = Field(0, ge=0, description="Only events with a larger number.")
+    after: int = Field(0, ge=0, lt=1 << 31, description="Only events with a larger number.")
     limit: int = Field(100, ge=1, le=1000, description="Events on a page.")
 
 
