@@ -210,9 +210,10 @@ def test_a_job_over_its_time_is_stopped_with_a_training_checkpoint(make_house: M
 @SQLITE
 def test_a_job_that_ignores_its_time_is_killed(make_house: Make) -> None:
     house = make_house("ignores_stop", cancel_grace_seconds=0.3)
-    job_id = house.submit(limits=(1.0, None))
+    job_id = house.submit(limits=(6.0, None))
     supervise(house, job_id)
     assert house.job(job_id).error_code == "TIME_LIMIT"
+    assert house.events(job_id, "pid")
 
 
 def test_a_job_over_its_memory_is_ended(make_house: Make) -> None:
@@ -233,7 +234,7 @@ def test_a_cancel_wins_over_a_limit(make_house: Make) -> None:
     house = make_house("ignores_stop", cancel_grace_seconds=1)
     job_id = house.submit(limits=(1.0, None))
     with running(house, job_id):
-        house.wait_for_pid(job_id)
+        house.wait_for(job_id, "running")
         house.cancel(job_id)
     assert (house.job(job_id).status, house.job(job_id).error_code) == ("cancelled", None)
 
