@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -16,7 +16,7 @@ from api.problems import at
 from store import tables
 from store.receivers import ReceiverRefusedError
 from store.sealed import Sealer, new_secret
-from store.webhooks import JOB_TYPES, Webhooks
+from store.webhooks import Webhooks
 
 router = APIRouter(prefix="/webhooks", tags=["webhooks"])
 
@@ -52,8 +52,8 @@ class WebhookCreate(schemas.Body):
 
     url: schemas.Text = _UrlField
     events: list[EventType] = Field(
-        default_factory=lambda: list(JOB_TYPES),
-        max_length=len(JOB_TYPES),
+        default_factory=lambda: list(get_args(EventType)),
+        max_length=len(get_args(EventType)),
         description="Which changes of a job are told; default: all.",
         examples=[["job.succeeded", "job.failed"]],
     )
@@ -66,7 +66,7 @@ class WebhookChange(schemas.Body):
     """What is to change; what is left out stays."""
 
     url: schemas.Text | None = Field(None, max_length=2048, examples=[_URL], description="The new address.")
-    events: list[EventType] | None = Field(None, max_length=len(JOB_TYPES), description="The new list.")
+    events: list[EventType] | None = Field(None, max_length=len(get_args(EventType)), description="The new list.")
     description: schemas.Text | None = Field(None, max_length=200)
     disabled: bool | None = Field(
         None, description="true: send nothing and give up what is on its way; false: send again from now on."

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Select, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from store import chain
 from store.chain import START
@@ -20,7 +20,7 @@ from store.tables import AuditChain, AuditHead, AuditRow, now
 SYSTEM: Final = "system"
 """Who did what no caller asked for: a worker that ran a job, a sweep that deleted something."""
 DAY: Final = timedelta(days=1)
-Numbered = TypeVar("Numbered", AuditRow, AuditHead)
+Numbered = TypeVar("Numbered", bound=AuditRow | AuditHead)
 
 
 class Audit(Repository):
@@ -79,11 +79,11 @@ class Audit(Repository):
                 query = query.where(column == wanted)
         if since is not None:
             query = query.where(AuditRow.at >= since)
-        return self._numbered(query, AuditRow, cursor, limit)
+        return self._numbered(query, AuditRow.seq, cursor, limit)
 
     def heads(self, cursor: str | None = None, limit: int = 20) -> Page[AuditHead]:
         """The signed heads, newest first."""
-        return self._numbered(self._select(AuditHead), AuditHead, cursor, limit)
+        return self._numbered(self._select(AuditHead), AuditHead.seq, cursor, limit)
 
     def end(self) -> tuple[int, AuditHead | None]:
         """The number of the last row, and the newest head: what an export that starts now has to reach."""
@@ -99,12 +99,12 @@ class Audit(Repository):
         return (row[0], row[1]) if row is not None else (0, None)
 
     def _numbered(
-        self, query: Select[Numbered], table: type[Numbered], cursor: str | None, limit: int
+        self, query: Select[Numbered], seq: InstrumentedAttribute[int], cursor: str | None, limit: int
     ) -> Page[Numbered]:
         limit = max(1, min(limit, MAX_PAGE))
         if cursor is not None:
-            query = query.where(table.seq < _seq_of(cursor))
-        rows = [*self.session.scalars(query.order_by(table.seq.desc()).limit(limit + 1))]
+            query = query.where(seq < _seq_of(cursor))
+        rows = [*self.session.scalars(query.order_by(seq.desc()).limit(limit + 1))]
         return Page(rows[:limit], str(rows[limit - 1].seq) if len(rows) > limit else None)
 
 

@@ -86,7 +86,7 @@ def service(tmp_path: Path, port: int) -> Iterator[tuple[Client, str, str]]:
 
 
 def run_jobs(client: Client, folder: Path) -> list[str]:
-    """One that fails since it forgets nothing, one that succeeds, with its sets inside its body; all sets are deleted."""
+    """One that forgets nothing and fails, one with its sets inside its body that succeeds; all sets are deleted."""
     client.register_model("tiny", tiny.write_model(folder / "model", "qwen2_moe"))
     forget, retain = (client.upload(write(folder, kind), kind)["id"] for kind in ("forget", "retain"))  # type: ignore[arg-type]
     bad = client.submit("tiny", forget, retain_set=retain, method={"learning_rate": 1e-12, "steps": 2})
@@ -124,6 +124,7 @@ def shown(client: Client, jobs: list[str], url: str, key: str) -> dict[str, str]
     return told
 
 
+@pytest.mark.long
 def test_no_text_of_a_set_gets_out(service: tuple[Client, str, str], tmp_path: Path, port: int) -> None:
     client, url, key = service
     hook = client.webhooks.create(f"http://127.0.0.1:{port}/")

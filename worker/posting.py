@@ -70,7 +70,7 @@ def post(
         httpcore.ConnectionPool(
             ssl_context=context or tls(), http2=False, network_backend=_Pinned(target, addresses, ends_at)
         ) as pool,
-        pool.stream("POST", where, headers={"Host": target.authority, **headers}, content=body) as response,
+        pool.stream("POST", where, headers=[("Host", target.authority), *headers.items()], content=body) as response,
     ):
         read = 0
         for part in response.iter_stream():
