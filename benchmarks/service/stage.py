@@ -87,7 +87,7 @@ def stage(folder: Path, kind: Kind, *, broker: bool = False, **settings: str) ->
     folder.mkdir(parents=True)
     keeper = Keeper(secrets.token_hex(8))
     try:
-        given = {"DATA_DIR": f"{folder}/data", "SECRET": secrets.token_urlsafe(32), **UNLIMITED}
+        given = {"DATA_DIR": f"{folder}/data", "SECRET": secrets.token_hex(32), **UNLIMITED}
         given["DATABASE_URL"] = _postgres(folder, keeper) if kind == "postgres" else f"sqlite:///{folder}/data/seuf.db"
         given |= {"BROKER_URL": _redis(folder, keeper), "LANE": "celery"} if broker else {"LANE": "database"}
         made = Stage(folder, kind, _environment(given | settings), keeper)
