@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
+from uuid import uuid4
 
 import httpx
 
@@ -124,7 +125,7 @@ class Client:
     def register_model(self, name: str, path: str | Path) -> Model:
         """Register a model folder; the path is one on the service's machine."""
         body = {"name": name, "path": str(path)}
-        return cast("Model", self._send(self._http.build_request("POST", "/models", json=body)).json())
+        return cast("Model", self._create("/models", body))
 
     def model(self, name_or_id: str) -> Model:
         """One registered model."""
@@ -153,7 +154,7 @@ class Client:
             body["limits"] = limits
         if metadata is not None:
             body["metadata"] = metadata
-        return cast("Job", self._send(self._http.build_request("POST", "/jobs", json=body)).json())
+        return cast("Job", self._create("/jobs", body))
 
     def estimate(
         self,
@@ -190,7 +191,7 @@ class Client:
 
     def retry(self, job_id: str) -> Job:
         """A new job like a failed or cancelled one, which goes on from its last training checkpoint."""
-        return cast("Job", self._send(self._http.build_request("POST", f"/jobs/{job_id}/retry")).json())
+        return cast("Job", self._create(f"/jobs/{job_id}/retry", None))
 
     def events(self, job_id: str, after: int = 0) -> Iterator[Event]:
         """Every event after number `after`, live, until the job's last one; reconnects by itself."""
@@ -301,6 +302,17 @@ class Client:
     def _send(self, request: httpx.Request) -> httpx.Response:
         """Send a request that changes something: once, since its answer may be what got lost."""
         return _checked(self._once(request))
+
+    def _create(self, path: str, body: Any) -> Any:
+        """Make something once, over broken connections: repeated under its own key, a request gets its first answer."""
+        headers = {"Idempotency-Key": str(uuid4())}
+        request = self._http.build_request("POST", path, json=body, headers=headers)
+        for _ in range(RETRIES):
+            answer = self._repeat(request)
+            if answer.status_code != httpx.codes.CONFLICT or answer.json()["code"] != "request_in_flight":
+                break
+            time.sleep(float(answer.headers["Retry-After"]))  # the one whose answer was lost is still at work
+        return _checked(answer).json()
 
     def _open(self, path: str, headers: dict[str, str]) -> httpx.Response:
         response = self._http.send(self._http.build_request("GET", path, headers=headers), stream=True)

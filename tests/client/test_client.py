@@ -130,10 +130,23 @@ def test_a_get_is_repeated_over_a_broken_connection(tenant):
         assert cutter.connections == 3
 
 
-def test_a_post_is_not_repeated(tenant, tiny_model):
+def test_what_is_created_is_created_once_over_broken_connections(tenant, tiny_model):
+    # The first answer breaks off in its head, the second before it begins: both were given all the same.
+    with cutting(tenant.served.url, 60, 0) as cutter, Client(cutter.url, tenant.key) as client:
+        model = client.register_model("once", tiny_model)
+        assert cutter.connections == 3
+    with cutting(tenant.served.url, 60) as cutter, Client(cutter.url, tenant.key) as client:
+        job = client.submit(model["id"], [{"text": "Ada."}], retain_set=[{"text": "Bo."}])
+        assert cutter.connections == 2
+        assert client.models()["data"] == [model]
+        assert client.jobs()["data"] == [job]
+
+
+def test_what_has_no_key_is_not_repeated(tenant, tiny_model):
+    job = tenant.submit(tiny_model)["id"]
     with cutting(tenant.served.url, 60) as cutter, Client(cutter.url, tenant.key) as client:
         with pytest.raises(UnreachableError):
-            client.register_model("once", tiny_model)
+            client.cancel(job)
         assert cutter.connections == 1
 
 
