@@ -13,6 +13,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     SEUF_DATA_DIR=/data \
+    SEUF_LOG_FORMAT=json \
     HOME=/tmp
 # Everything that runs writes to /data and /tmp only, so the root file system can be read-only.
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin seuf \
@@ -64,9 +65,9 @@ ENV HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 COPY --from=build-worker /opt/venv /opt/venv
 USER seuf
 WORKDIR /data
-HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 \
-    CMD ["sh", "-c", "celery -A worker.app inspect ping --destination celery@$(hostname) --timeout 10"]
-CMD ["celery", "-A", "worker.app", "worker", "--concurrency", "1", "--prefetch-multiplier", "1", "--loglevel", "INFO"]
+HEALTHCHECK --interval=60s --timeout=30s --start-period=60s --retries=3 \
+    CMD ["sh", "-c", "celery --quiet -A worker.app inspect ping --destination celery@$(hostname) --timeout 10"]
+CMD ["celery", "--quiet", "-A", "worker.app", "worker", "--concurrency", "1", "--prefetch-multiplier", "1"]
 
 FROM base AS api
 COPY --from=build-api /opt/venv /opt/venv
@@ -75,4 +76,4 @@ WORKDIR /data
 EXPOSE 8321
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8321/healthz', timeout=4)"]
-CMD ["uvicorn", "api.main:app", "--host", "0.0.0.0", "--port", "8321"]
+CMD ["uvicorn", "api.main:app", "--host", "0.0.0.0", "--port", "8321", "--no-server-header", "--timeout-graceful-shutdown", "20"]

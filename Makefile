@@ -73,6 +73,7 @@ chaos: setup services ## 100 jobs under 160 kills: nothing lost, nothing doubled
 
 docs: setup ## Write what is made from the code and the figures: pages of method, families and speed, the README's tables
 	$(BIN)/python scripts/method_reference.py
+	PYTHONPATH=. $(BIN)/python scripts/settings_reference.py
 	$(BIN)/python scripts/families_table.py
 	$(BIN)/python -m benchmarks.page
 	$(BIN)/python scripts/results_table.py

@@ -40,6 +40,15 @@ def register_model(
         facts = inspect_model(path)
     except ModelError as error:
         raise from_seuf_error(error, "/path") from error
+    except PermissionError as error:
+        name = Path(str(error.filename)).name
+        raise at(
+            "/path",
+            422,
+            "model_not_readable",
+            f"The service may not read {name} in that folder.",
+            "Let the user that the service runs as (10001 in the images) read the folder and its files.",
+        ) from error
     with service.database.write() as session:
         try:
             row = Models(session, caller.tenant).create(

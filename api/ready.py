@@ -26,8 +26,6 @@ STORAGE_SECONDS: Final = 30.0
 """A storage that worked is written to again after so long: a probe every few seconds would be many writes."""
 STORAGE_AGAIN_SECONDS: Final = 5.0
 """One that did not is tried again after so long."""
-SILENT_SECONDS: Final = 30.0
-"""A dispatcher takes its first duty every two seconds; another one takes over after fifteen."""
 WAITED_SECONDS: Final = 300.0
 """A job that waits so long while no worker has any: there is no worker."""
 
@@ -145,7 +143,7 @@ def _dispatcher(service: Service) -> str:
         silent = census.dispatcher_silent(session, utc_now(session))
     if silent is None:
         raise _Unready("none was ever seen; start one (with one machine: the worker)")
-    if silent > SILENT_SECONDS:
+    if silent > census.SILENT_SECONDS:
         raise _Unready(f"none has been seen for {silent:.0f} s")
     return "at its duties"
 

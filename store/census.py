@@ -34,6 +34,10 @@ BOUNDS: Final = (0.5, 1, 2.5, 5, 15, 30, 60, 300, 900, 1800, 3600, 7200, 14_400,
 """Upper bounds of the buckets of durations, in seconds: the start of an engine to a day."""
 SETTLED: Final = timedelta(minutes=10)
 """A job that ended longer ago than this has been committed: a transaction takes seconds."""
+SILENT_SECONDS: Final = 30.0
+"""A dispatcher takes its first duty every two seconds, and another one takes over after fifteen: silent for longer,
+there is none.
+"""
 ACTIVE: Final = tuple(status for status in Status if status not in FINAL)
 
 

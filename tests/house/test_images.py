@@ -15,12 +15,7 @@ import pytest
 
 from tests.house.images import ROOT, compose, interpolate, stages
 
-GIVEN = {
-    "POSTGRES_PASSWORD": "postgres-password",
-    "REDIS_PASSWORD": "redis-password",
-    "SEUF_SECRET": "secret",
-    "SEUF_MODELS": "/models-of-the-host",
-}
+GIVEN = {"SEUF_MODELS": "/models-of-the-host"}
 STAGES = stages()
 SERVICES = compose(GIVEN)["services"]
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
@@ -49,11 +44,36 @@ def test_a_variable_that_could_be_silently_empty_is_refused(text: str) -> None:
         interpolate(text, {})
 
 
-def test_no_password_stands_in_the_file() -> None:
-    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
-    for line in text.splitlines():
-        if re.search(r"(PASSWORD|SECRET|REDISCLI_AUTH|_URL): ", line) and "TORCH" not in line:
-            assert ":?" in line, line
+def test_no_password_stands_in_the_file_or_in_an_environment() -> None:
+    for name, service in SERVICES.items():
+        for variable, value in service.get("environment", {}).items():
+            if re.search(r"PASSWORD|SECRET|AUTH|KEY", variable):
+                assert value.startswith("/run/secrets/"), f"{name}: {variable}"
+            assert not re.search(r"://[^/@]*:[^/@]+@", value), f"{name}: {variable} has a password"
+
+
+def test_each_service_is_shown_the_secrets_that_it_names_and_no_other() -> None:
+    declared = compose(GIVEN)["secrets"]
+    for name, service in SERVICES.items():
+        named = set(re.findall(r"/run/secrets/(\w+)", json.dumps(service)))
+        assert named == set(service.get("secrets", ())), name
+        assert named <= set(declared), name
+    assert "seuf_secret" not in SERVICES["worker-cpu"]["secrets"]
+    assert [name for name, one in SERVICES.items() if "audit_key" in one.get("secrets", ())] == ["dispatcher"]
+
+
+def test_the_script_makes_every_secret_once(tmp_path: Path) -> None:
+    declared = compose(GIVEN)["secrets"]
+    assert run("scripts/make-secrets", str(tmp_path / "s")).returncode == 0
+    made = {path.name: path.read_text() for path in (tmp_path / "s").iterdir()}
+    assert made.keys() == declared.keys()
+    assert {Path(one["file"]).name for one in declared.values()} == made.keys()
+    assert len(set(made.values())) == len(made)
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "s" / "redis_password").unlink()
+    assert run("scripts/make-secrets", str(tmp_path / "s")).returncode == 0
+    again = {path.name: path.read_text() for path in (tmp_path / "s").iterdir()}
+    assert {name for name in made if made[name] != again[name]} == {"redis_password"}
 
 
 def test_names_are_declared() -> None:
@@ -81,6 +101,21 @@ def test_every_service_of_ours_is_locked_down() -> None:
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["tmpfs"] == ["/tmp"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["pids_limit"], name
+
+
+def test_every_service_has_limits_a_log_that_ends_and_a_health_check() -> None:
+    for name, service in SERVICES.items():
+        assert "mem_limit" in service, name
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
+        assert "test" in service["healthcheck"] or name == "migrate", name
+
+
+def test_only_what_speaks_to_the_outside_can() -> None:
+    assert compose(GIVEN)["networks"]["backend"] == {"internal": True}
+    reaching = [name for name, service in SERVICES.items() if set(service["networks"]) != {"backend"}]
+    assert reaching == ["api", "dispatcher"]
 
 
 def test_only_the_api_is_published_and_only_on_loopback() -> None:
