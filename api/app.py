@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.telemetry import TelemetryConfig
+from starlette.concurrency import run_in_threadpool
 
 from api import (
     audit,
@@ -38,10 +40,13 @@ from api.observed import PROBES, ObservedMiddleware
 from api.ready import StorageProbe
 from api.settings import ApiSettings
 from seuf_core.version import __version__
+from store import migrate
 from store.artefacts import Artefacts
-from store.database import Database
+from store.database import AWAY, Database
 from store.settings import Settings
 from telemetry import tracing
+
+log = logging.getLogger("seuf.api")
 
 # Three inline sets and the rest of a job around them.
 JSON_BYTES: Final = 3 * jobs.INLINE_BYTES + (1 << 18)
@@ -55,12 +60,13 @@ and what it keeps. Every error is a problem document (RFC 9457) with a stable `c
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The API on the database and the storage of `settings`; the database must be migrated already."""
+    """The API on the database and the storage of `settings`. It does not start on a database without its tables."""
     full = settings if isinstance(settings, ApiSettings) else ApiSettings(**settings.model_dump())
     service = Service(full, Database(full.database_url), Artefacts.of(full))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(_require_tables, service.database)
         yield
         service.database.dispose()
 
@@ -106,6 +112,14 @@ def _telemetry() -> TelemetryConfig:
         "auto_configure": False,
         "exclude": lambda scope: scope["path"] in PROBES,
     }
+
+
+def _require_tables(database: Database) -> None:
+    """SchemaMismatchError ends the start. A database that is away is /readyz's to tell: it may come any moment."""
+    try:
+        migrate.require_head(database)
+    except AWAY as error:
+        log.warning("the database is away (%s)", type(error).__name__)
 
 
 def _describe(app: FastAPI) -> None:

@@ -100,6 +100,12 @@ class StorageAway(StoreError):  # noqa: N818  (a state, not a mistake)
         )
 
 
+class SchemaMismatchError(StoreError):
+    """The database has not the tables that this version works with."""
+
+    code = "schema_mismatch"
+
+
 class LeaseLost(StoreError):  # noqa: N818  (the name of the contract between store and worker)
     """The caller's lease token is not the job's current one, or the job is finished: nothing was written."""
 

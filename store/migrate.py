@@ -9,6 +9,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from store.database import Database
+from store.errors import SchemaMismatchError
 
 
 def upgrade(database_url: str, revision: str = "head") -> None:
@@ -25,10 +26,33 @@ def downgrade(database_url: str, revision: str) -> None:
 
 
 def at_head(database: Database) -> bool:
-    """Has the database every migration this code knows of?"""
+    """Has the database every migration this code knows of, and no other?"""
+    return _current(database) == _head()
+
+
+def require_head(database: Database) -> None:
+    """SchemaMismatchError unless `at_head`. Whoever reads or writes rows calls it before anything else."""
+    current = _current(database)
+    if current == _head():
+        return
+    if current is not None and current not in _known():
+        raise SchemaMismatchError(
+            f"The database is at migration {current}, which this version does not know: a newer one migrated it.",
+            "Start the newer version.",
+        )
+    raise SchemaMismatchError(
+        f"The database is at migration {current or 'none'}, and this version works with {_head()}.",
+        "Run `python -m migrations upgrade` (docker compose does: the service migrate), then start again.",
+    )
+
+
+def _current(database: Database) -> str | None:
     with database.engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    return current == _head()
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def _known() -> set[str]:
+    return {script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()}
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ import argparse
 from store.settings import Settings
 from worker import telling
 from worker.lanes import run_database_lane
-from worker.life import StopFlag
+from worker.life import StopFlag, open_database
 
 
 def main() -> None:
@@ -20,7 +20,8 @@ def main() -> None:
         app.worker_main(["worker", "--loglevel", "INFO"])
     else:
         telling.begin(settings, "seuf-worker")
-        run_database_lane(settings, StopFlag().wait)
+        database = open_database(settings)
+        run_database_lane(database, settings, StopFlag().wait)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from store.database import Database
 from store.settings import Settings
 from telemetry import logs
 from worker import telling
-from worker.life import worker_id
+from worker.life import open_database, worker_id
 from worker.supervisor import Supervisor
 from worker.sweeps import keep_work_swept
 
@@ -79,6 +79,7 @@ def _log(**_: Any) -> None:
 def _need_broker(**_: Any) -> None:
     if not app.conf.broker_url:
         raise SystemExit(NO_BROKER)  # else Celery would look for RabbitMQ on this machine, for ever
+    open_database(Settings()).dispose()
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]

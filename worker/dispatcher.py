@@ -16,7 +16,7 @@ from store.outbox import Outbox
 from store.settings import Settings
 from worker import telling
 from worker.duties import Rota
-from worker.life import StopFlag
+from worker.life import StopFlag, open_database
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +111,9 @@ def main() -> None:
         raise SystemExit(NO_BROKER)
 
     telling.begin(settings, "seuf-dispatcher")
+    database = open_database(settings)
     stop = StopFlag()
-    loop(Database(settings.database_url), settings, CeleryBroker(app), stop.wait)
+    loop(database, settings, CeleryBroker(app), stop.wait)
 
 
 if __name__ == "__main__":

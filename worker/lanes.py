@@ -17,9 +17,8 @@ IDLE_SECONDS = 0.5
 """Between two looks at an empty queue: one indexed query."""
 
 
-def run_database_lane(settings: Settings, wait: Callable[[float], bool]) -> None:
+def run_database_lane(database: Database, settings: Settings, wait: Callable[[float], bool]) -> None:
     """Run jobs one after the other until `wait` (sleep at most so long; true: end) says so."""
-    database = Database(settings.database_url)
     supervisor = Supervisor(database, settings, worker_id())
     beside = threading.Thread(
         target=dispatcher.loop, args=(database, settings, None, wait), name="dispatcher", daemon=True

@@ -1,20 +1,47 @@
 """What a process is called, and its ties to others: an engine dies with its supervisor, and hears when to stop."""
 
 import ctypes
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from queue import SimpleQueue
 from types import FrameType
 
+from store.database import AWAY, Database
+from store.errors import SchemaMismatchError
+from store.settings import Settings
+
+log = logging.getLogger(__name__)
+
+AGAIN_SECONDS = 2
+"""Between two tries at a database that does not answer yet."""
 _PR_SET_PDEATHSIG = 1
 
 
 def worker_id() -> str:
     """Who this process is, for people: host and process."""
     return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def open_database(settings: Settings) -> Database:
+    """The database, once it answers. SystemExit, with what to do, when it has not the tables of this version."""
+    from store import migrate  # alembic, which an engine does without
+
+    database = Database(settings.database_url)
+    while True:
+        try:
+            migrate.require_head(database)
+        except SchemaMismatchError as error:
+            raise SystemExit(f"error: {error}") from None
+        except AWAY as error:
+            log.warning("database away (%s); again in %d s", type(error).__name__, AGAIN_SECONDS)
+            time.sleep(AGAIN_SECONDS)
+        else:
+            return database
 
 
 def die_with_parent() -> SimpleQueue[str]:

@@ -104,10 +104,13 @@ class House:
         wait_until(lambda: len(self.events(job_id, "pid")) >= count, 40, "an engine")
         return self.events(job_id, "pid")[-1]
 
-    def start(self, *command: str, **settings: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, *command: str, stderr: int | None = None, **settings: str
+    ) -> subprocess.Popen[bytes]:
         """`python -m ...` with this house's settings; killed with the test."""
         environment = {**os.environ, **self.settings.environment(), **settings}
-        process = subprocess.Popen([sys.executable, "-m", *command], env=environment, cwd=ROOT)
+        program = [sys.executable, "-m", *command]
+        process = subprocess.Popen(program, env=environment, cwd=ROOT, stderr=stderr)
         self.processes.append(process)
         return process
 
