@@ -50,6 +50,7 @@ class Intake:
         self._bytes = 0
         self._field = bytearray()
         self._seen: set[str] = set()
+        self._ended = False
 
     def __enter__(self) -> Self:
         return self
@@ -69,10 +70,14 @@ class Intake:
             "on_headers_finished": self._on_headers_finished,
             "on_part_data": self._on_part_data,
             "on_part_end": self._on_part_end,
+            "on_end": self._on_end,
         }
 
     def finish(self) -> tuple[Incoming, FileSummary]:
         """The set and what it holds, once the body has ended."""
+        if not self._ended:
+            detail = "The multipart body does not end with its boundary: it was cut off."
+            raise Problem(400, "broken_multipart", detail, _SAY)
         for wanted in ("purpose", "file"):
             if wanted not in self._seen:
                 raise at(f"/{wanted}", 422, "missing", f"The upload has no part {wanted!r}.", _SAY)
@@ -84,6 +89,9 @@ class Intake:
                 self.incoming.write(piece)
         assert self.incoming is not None
         return self.incoming, self.incoming.finish()
+
+    def _on_end(self) -> None:
+        self._ended = True
 
     def _on_part_begin(self) -> None:
         self._headers = {}

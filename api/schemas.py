@@ -34,6 +34,10 @@ UtcTime = Annotated[
     ),
 ]
 
+MAX_FIELDS = 200
+MAX_NAME = 256
+MAX_ITEMS = 20_000
+
 FILE_ID = "file_7h2kq4m5n6p2r3s4t5u6"
 UPLOAD_ID = "upload_3j4k5m6n7p2q3r4s5t6u"
 MODEL_ID = "model_2b3c4d5e6f7g2h3i4j5k"
@@ -57,6 +61,19 @@ class Body(BaseModel):
     """A request body: a field it does not know is an error, never ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        """Each of a million wrong fields would be an error of its own: gigabytes, out of one small body."""
+        for value in (given, *given.values()) if isinstance(given, dict) else ():
+            if isinstance(value, dict) and len(value) > MAX_FIELDS:
+                raise ValueError(f"an object has more than {MAX_FIELDS} fields")
+            if isinstance(value, dict) and any(len(name) > MAX_NAME for name in value):
+                raise ValueError(f"the name of a field has more than {MAX_NAME} characters")
+            if isinstance(value, list) and len(value) > MAX_ITEMS:
+                raise ValueError(f"a list has more than {MAX_ITEMS} entries: send a set as a file")
+        return given
 
 
 class Answer(BaseModel):

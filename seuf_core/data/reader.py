@@ -22,6 +22,7 @@ from seuf_core.data.rows import CsvRows, Row, TextRows
 from seuf_core.errors import DataError
 
 ERRORS_KEPT = 20
+ERRORS_COUNTED = 1000  # nobody needs to know of more, and each takes time
 READ_BYTES = 1 << 20
 _HEAD_BYTES = 1024  # enough to recognise a file that is not what it is called
 
@@ -39,6 +40,8 @@ class LineError:
 @dataclass(frozen=True, slots=True)
 class FileSummary:
     """What a file holds. `examples` counts its valid records only; `errors` are the first of `error_count`.
+
+    After ERRORS_COUNTED errors, or too many lines, nothing more is looked at: the counts are then lower bounds.
 
     Attributes:
         facts: distinct facts among the examples.
@@ -99,6 +102,11 @@ class RecordReader:
         self._facts: set[bytes] = set()
         self._errors: list[LineError] = []
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the file is refused anyhow, so that nothing more of it is looked at."""
+        return self._error_count >= ERRORS_COUNTED or self._lines > self.limits.max_lines
+
     def feed(self, piece: bytes) -> None:
         """Take the next bytes; lines may be cut anywhere.
 
@@ -106,8 +114,12 @@ class RecordReader:
             DataError: file_too_large, as soon as the bytes pass limits.max_bytes: stop reading then.
         """
         self._count(piece, self.limits.max_bytes)
+        if self.stopped:
+            return
         for line in self.lines.feed(piece):
             self._end_line(line)
+            if self.stopped:
+                return
 
     def row(self, line: bytes, at: int) -> None:
         """Take one whole line that was made of line (row) `at` of a file in another format.
@@ -124,8 +136,9 @@ class RecordReader:
 
     def finish(self) -> FileSummary:
         """Take the last line, which needs no newline, and give the result. Call once."""
-        for line in self.lines.rest():
-            self._end_line(line)
+        if not self.stopped:
+            for line in self.lines.rest():
+                self._end_line(line)
         if self._examples == 0 and self._error_count == 0:
             self._error(0, "no_examples", "The file has no example: give at least one.", None)
         digest = self._digest.hexdigest()
@@ -156,6 +169,8 @@ class RecordReader:
             if line is None:
                 limit = self.limits.max_line_bytes
                 raise LineProblem("line_too_long", f"The line has more than {limit} bytes: split the text.")
+            if self._lines > self.limits.max_lines:
+                raise LineProblem("too_many_lines", f"The file has more than {self.limits.max_lines} lines.")
             # JSON's own white space, and nothing else, makes a blank line or pads a full one.
             if line := line.strip(b" \t\r"):
                 self._take(line, at)
@@ -248,7 +263,7 @@ class SetReader:
 
             with self._spool as spool:
                 self._take(parquet_rows(spool, self._records.purpose, self.limits))
-        elif self._rows is not None:
+        elif self._rows is not None and not self._records.stopped:
             self._take(self._rows.finish())
         summary = self._records.finish()
         if self.format == "jsonl":
@@ -271,7 +286,8 @@ class SetReader:
         if self._spool is not None:
             self._spool.write(piece)
         elif self._rows is not None:
-            self._take(self._rows.feed(piece))
+            if not self._records.stopped:
+                self._take(self._rows.feed(piece))
         else:
             self._records.feed(piece)
             if self._out is not None:
@@ -279,6 +295,8 @@ class SetReader:
 
     def _take(self, rows: Iterable[Row]) -> None:
         for at, row in rows:
+            if self._records.stopped:
+                return
             if isinstance(row, LineProblem):
                 self._records.refuse(row, at)
                 continue

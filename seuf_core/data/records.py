@@ -79,6 +79,7 @@ class Limits:
     max_stored_bytes: int | None = None  # as JSON Lines, where it was sent in another format
     max_line_bytes: int = 1 << 20
     max_examples: int = 100_000
+    max_lines: int = 1_000_000  # blank ones included: a file of nothing else takes time too
     max_depth: int = 8
     max_name_chars: int = 256  # of an id, a fact, a domain
     max_choices: int = 64

@@ -29,8 +29,13 @@ class TextRows:
 
     def feed(self, piece: bytes) -> Iterator[Row]:
         """The rows that end in `piece`."""
+        if self._number > self._limits.max_lines:
+            return
         for line in self._lines.feed(piece):
             yield from self._row(line)
+            if self._number > self._limits.max_lines:
+                yield self._number, _too_many_lines(self._limits)
+                return
 
     def finish(self) -> Iterator[Row]:
         """The last row, if its line has no end."""
@@ -65,6 +70,7 @@ class CsvRows:
         self._held = bytearray()
         self._quotes = 0
         self._next_line = 1
+        self._number = 0
         self._columns: list[str] | None = None
         self._ended = False
         # The module's own limit is one for the whole process, and below a line's.
@@ -108,6 +114,11 @@ class CsvRows:
 
     def _record(self) -> Iterator[Row]:
         record, line = bytes(self._held), self._next_line
+        self._number += 1
+        if self._number > self._limits.max_lines:
+            self._ended = True
+            yield line, _too_many_lines(self._limits)
+            return
         self._next_line += record.count(b"\n")
         self._held.clear()
         self._quotes = 0
@@ -161,6 +172,10 @@ class CsvRows:
         except LineProblem as problem:
             message = f'Column \'choices\' must hold a JSON list such as ["a", "b"]: {problem.message}'
             raise LineProblem("wrong_choices", message, "choices") from None
+
+
+def _too_many_lines(limits: Limits) -> LineProblem:
+    return LineProblem("too_many_lines", f"The file has more than {limits.max_lines} lines.")
 
 
 def _cells(text: str) -> list[str]:
