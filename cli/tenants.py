@@ -10,6 +10,7 @@ import typer
 
 from cli import options, output
 from cli.errors import CommandError
+from cli.keys import WHO
 
 if TYPE_CHECKING:
     from store.limits import Limits
@@ -42,9 +43,12 @@ def create(
     name: Name, jobs: Jobs = None, stored: Bytes = None, rate: Rate = None, json: options.Json = False
 ) -> None:
     """Make a tenant; then make it a key: seuf keys create --tenant."""
+    from store.audit import Audit
+
     with _tenants() as (tenants, limits):
         row = tenants.create(name)
         _apply(row, jobs, stored, rate)
+        Audit(tenants.session, row.id).record(WHO, "tenant.create", row.id)
         shown = _shown(row, limits)
     _print([shown], json)
 
@@ -54,9 +58,12 @@ def set_limits(
     name: Name, jobs: Jobs = None, stored: Bytes = None, rate: Rate = None, json: options.Json = False
 ) -> None:
     """Change what a tenant may use; what is not given stays. A running API sees it within seconds."""
+    from store.audit import Audit
+
     with _tenants() as (tenants, limits):
         row = tenants.get(name)
         _apply(row, jobs, stored, rate)
+        Audit(tenants.session, row.id).record(WHO, "tenant.update", row.id)
         shown = _shown(row, limits)
     _print([shown], json)
 

@@ -15,6 +15,7 @@ import typer
 from cli import options, output
 from cli.config import Connection, save, write_private
 from cli.errors import CommandError
+from cli.keys import WHO
 
 if TYPE_CHECKING:
     from api.settings import ApiSettings
@@ -105,6 +106,7 @@ def _key(settings: ApiSettings) -> tuple[str, bool]:
 
     It is kept beside the secret in data_dir, for its owner only; one that was revoked is replaced.
     """
+    from store.audit import Audit
     from store.database import Database
     from store.keys import Keys, authenticate
 
@@ -117,7 +119,9 @@ def _key(settings: ApiSettings) -> tuple[str, bool]:
                 if authenticate(session, token, secret) is not None:
                     return token, False
         with database.write() as session:
-            token = Keys(session).create("seuf up", secret).token
+            made = Keys(session).create("seuf up", secret)
+            Audit(session).record(WHO, "key.create", made.row.id)
+        token = made.token
         write_private(path, token + "\n")
         return token, True
     finally:

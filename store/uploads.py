@@ -13,6 +13,7 @@ from typing import Final
 from sqlalchemy import Select, delete, func, select
 from sqlalchemy.orm import Session
 
+from store.audit import SYSTEM, Audit
 from store.errors import (
     NotFoundError,
     TooManyUploadsError,
@@ -183,6 +184,9 @@ def expired(session: Session, limit: int = 100) -> Sequence[str]:
 
 
 def forget(session: Session, upload_id: str) -> None:
-    """The rows of an expired upload whose bytes are gone."""
+    """The rows of an expired upload whose bytes are gone; that they are is an act of the service."""
     session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
-    session.execute(delete(Upload).where(Upload.id == upload_id, Upload.expires_at <= now()))
+    gone = delete(Upload).where(Upload.id == upload_id, Upload.expires_at <= now()).returning(Upload.tenant)
+    tenant = session.scalars(gone, execution_options={"synchronize_session": False}).one_or_none()
+    if tenant is not None:
+        Audit(session, tenant).record(SYSTEM, "upload.expire", upload_id)

@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from sqlalchemy import delete, update
 
-from store import audit, chain, leases, signing
+from store import audit, chain, leases, signing, uploads
 from store.audit import Audit, plain, plain_head
 from store.database import Database
 from store.settings import Settings
-from store.tables import AuditChain, AuditHead, AuditRow, Job, now
+from store.tables import AuditChain, AuditHead, AuditRow, Job, Upload, now
 from tests.seeds import add_job, add_running
 from worker.audit import sign_heads
 
@@ -207,6 +207,27 @@ def test_what_workers_do_is_done_by_the_system(database: Database) -> None:
     assert rows == [
         ("system", what, job.job_id) for what in ("job.running", "job.lost", "job.running", "job.failed")
     ]
+
+
+def test_what_a_sweep_deletes_is_told(database: Database) -> None:
+    """Once, and only if it was there to be deleted."""
+    with database.write() as session:
+        session.add(
+            Upload(
+                id="upload_1",
+                tenant="other",
+                purpose="forget",
+                name="forget.jsonl",
+                format="jsonl",
+                expires_at=now() - HOUR,
+            )
+        )
+    for _ in range(2):
+        with database.write() as session:
+            uploads.forget(session, "upload_1")
+    with database.read() as session:
+        rows = [(row.who, row.what, row.object) for row in Audit(session, "other").list()]
+    assert rows == [("system", "upload.expire", "upload_1")]
 
 
 def test_pages_and_filters(database: Database) -> None:
