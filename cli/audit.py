@@ -154,21 +154,27 @@ def _key_id(given: str) -> str:
 
 
 def _heads(path: Path) -> list[Head]:
-    """Heads as they are shown anywhere: one object, {"head": ...}, a page of GET /audit/heads, or one a line."""
+    """Heads as they are shown anywhere, one after the other: a page of GET /audit/heads, {"head": ...}, or bare."""
     from store.chain import Head
 
     text = options.existing(path, "file").read_text(encoding="utf-8")
+    heads: list[Head] = []
     try:
-        try:
-            parsed: list[Any] = [jsonlib.loads(text)]
-        except ValueError:
-            parsed = [jsonlib.loads(line) for line in text.splitlines() if line.strip()]
-        flat = [one for outer in parsed for one in outer.get("data", [outer])]
-        heads = [Head(**one.get("head", one)) for one in flat if "row" not in one]
+        for one in _documents(text):
+            for given in one.get("data", [one]):
+                if "row" not in given:
+                    heads.append(Head(**given.get("head", given)))
     except (ValueError, TypeError, AttributeError) as error:
-        raise CommandError(
-            f"{path} holds no heads.", "Give what GET /audit/heads or `verify` shows."
-        ) from error
+        raise CommandError(f"{path} holds no heads.", "Give what GET /audit/heads or `verify` shows.") from error
     if not heads:
         raise CommandError(f"{path} holds no heads.", "Give what GET /audit/heads or `verify` shows.")
     return heads
+
+
+def _documents(text: str) -> Iterator[Any]:
+    """Every JSON document of a text, with or without lines between them."""
+    decoder, rest = jsonlib.JSONDecoder(), text.strip()
+    while rest:
+        document, end = decoder.raw_decode(rest)
+        yield document
+        rest = rest[end:].lstrip()

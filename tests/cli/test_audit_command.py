@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,9 @@ def test_with_a_key_and_a_head_that_were_kept(cli: CLI) -> None:
         assert "each of the 1 heads" in out
         assert "--head" not in out
         assert "--public-key" not in out
+    pages = [json.dumps({"data": [asdict(head)], "next": None}) for head in log.heads]
+    Path("heads.jsonl").write_text("".join(pages))  # as `curl >>` leaves them
+    assert "each of the 2 heads" in cli("audit", "verify", "audit.jsonl", "--head", "heads.jsonl")[1]
     log.rows, log.heads = log.rows[:4], log.heads[:1]
     assert cli("audit", "verify", write(log))[0] == 0  # by itself it cannot be told
     code, _, err = cli("audit", "verify", "audit.jsonl", "--head", "kept.json")
