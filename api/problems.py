@@ -29,6 +29,8 @@ from telemetry import logs
 MEDIA_TYPE: Final = "application/problem+json"
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 RETRY_SECONDS: Final = 5  # what Retry-After says when a part of the service is away: a restart takes about as long
+MOST_LOOKED_AT: Final = 500  # errors of one body
+MOST_SHOWN: Final = 50
 log = logging.getLogger("seuf.api")
 
 
@@ -169,11 +171,14 @@ def _methods_of(request: Request) -> list[str]:
 
 async def _validation_problem(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    errors = [FieldError(**fields) for fields in field_errors(error.errors(), error.body)]
+    raw = error.errors()
+    errors = [FieldError(**fields) for fields in field_errors(raw[:MOST_LOOKED_AT], error.body)]
     first = errors[0]
     # Fields that do not go together are one mistake, and its message names them all.
     others = [error for error in errors[1:] if error.code != "method_misfit"]
-    more = f" (and {len(others)} more)" if others else ""
+    number = len(others) + max(0, len(raw) - MOST_LOOKED_AT)
+    more = f" (and {number} more)" if number else ""
+    errors = errors[:MOST_SHOWN]
     place = first.parameter if first.parameter is not None else (first.pointer or "the body")
     if first.code == "json_invalid":
         problem = Problem(400, "json_invalid", first.detail, first.fix, errors=errors)

@@ -302,7 +302,7 @@ def test_a_file_over_the_cap_is_sent_to_parts(tenant):
         ({"content": "completion\na,b\n", "format": "csv"}, "invalid_examples", "/forget_set/content"),
         ({"content": GOOD, "format": "csv"}, "wrong_format", "/forget_set/content"),
         ({"content": "a\n" * 600_000, "format": "text"}, "examples_too_large", "/forget_set/content"),
-        ({"content": ("\x01" * 1000 + "\n") * 700, "format": "text"}, "examples_too_large", "/forget_set/content"),
+        ({"content": ('"' * 20 + "\n") * 48_000, "format": "text"}, "examples_too_large", "/forget_set/content"),
         ({"content": "a", "format": "parquet"}, "invalid_request", "/forget_set/format"),
         ({"examples": [{"text": "a"}], "format": "csv"}, "invalid_request", "/forget_set"),
         ({"examples": [{"text": "a"}], "content": "a"}, "invalid_request", "/forget_set"),
