@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +18,15 @@ from benchmarks.chaos import faults, orders, troubles, weights
 from benchmarks.chaos.keeper import marked
 from benchmarks.chaos.orders import SPECS, Ledger, Order
 from benchmarks.chaos.scene import Done, Scene, say
-from benchmarks.chaos.service import GRACE_SECONDS, Lane, Service, service
+from benchmarks.chaos.service import Lane, Service, service
 from benchmarks.chaos.verdict import Verdict, at_rest, checkpoint_folder, judge
 from store.transitions import Status
+from worker import sweeps
 
 CANCELLED_SHARE = 0.14
 """Of the jobs: two in each phase when there are a hundred."""
+REST_SECONDS = 30.0
+"""What leases, messages and sweeps are given to settle after the last job has ended."""
 MAX_GAP_SECONDS = 2.5
 """Between two kills, beside the time each waits for its moment."""
 AHEAD = 4
@@ -73,7 +77,7 @@ def play(lane: Lane, folder: Path, jobs: int, kills: int, rng: random.Random, se
         ledger.may_submit = lambda _: True
         _finish(scene, seconds - scene.seconds())
         took = scene.seconds()
-        scene.until(lambda: _settled(running, drawn, undisturbed), GRACE_SECONDS * 2)
+        scene.until(lambda: _settled(running, drawn, undisturbed), REST_SECONDS)
         result = Played(
             lane,
             jobs,
@@ -87,6 +91,8 @@ def play(lane: Lane, folder: Path, jobs: int, kills: int, rng: random.Random, se
             running.has_own_disk,
             undisturbed=undisturbed,
         )
+        if result.verdict.breaches:  # its disk goes with the service
+            shutil.copytree(running.disk, folder / "kept", symlinks=True, dirs_exist_ok=True)
     left = list(marked(running.keeper.mark))
     result.left_processes = len(left)
     return result
@@ -142,8 +148,11 @@ def _digests(running: Service, calm: Ledger) -> dict[str, str]:
 
 
 def _settled(running: Service, drawn: list[Order], undisturbed: dict[str, str]) -> bool:
+    """The sweeps are those of the service, called now: their duties are due once a minute and once an hour."""
     try:
-        time.sleep(0.5)
+        time.sleep(1)
+        sweeps.sweep_checkpoints(running.database, running.settings())
+        sweeps.sweep_files(running.database, running.settings())
         return at_rest(running, drawn, "chaos", undisturbed)
     except SQLAlchemyError:
         return False

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from benchmarks.chaos import parts
 from benchmarks.chaos.keeper import Keeper, Program
 from store.database import Database
+from store.settings import Settings
 from store.tables import Job
 from store.transitions import Status
 
@@ -28,8 +29,6 @@ ROOT: Final = Path(__file__).parents[2]
 DISK_MIB: Final = 256
 LEASE_SECONDS: Final = 3.0
 HEARTBEAT_SECONDS: Final = 0.5
-GRACE_SECONDS: Final = 40.0
-"""Age of an orphan: longer than a write waits for a database that is away (worker.progress.insist)."""
 MAX_ATTEMPTS: Final = 100
 """Each attempt that chaos ends counts; a job of chaos may have many more than one of real life."""
 
@@ -63,6 +62,12 @@ class Service:
     database: Database
     ports: dict[str, int]
     key: str = ""
+
+    def settings(self) -> Settings:
+        """Those of its processes, with no patience for orphans: to be used at rest, when nobody is writing one."""
+        given = {name.removeprefix("SEUF_").lower(): value for name, value in self.environment.items()}
+        known = {name: value for name, value in given.items() if name in Settings.model_fields}
+        return Settings.model_validate({**known, "orphan_grace_seconds": 0.5})
 
     @property
     def workers(self) -> list[Program]:
@@ -147,7 +152,6 @@ def _environment(lane: Lane, folder: Path, ports: dict[str, int]) -> dict[str, s
         "HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
         "CANCEL_GRACE_SECONDS": "20",
         "MAX_ATTEMPTS": str(MAX_ATTEMPTS),
-        "ORPHAN_GRACE_SECONDS": str(GRACE_SECONDS),
     }
     # One thread an engine: the weights are compared bit by bit, and two engines share two cores.
     ours = {
