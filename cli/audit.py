@@ -161,11 +161,12 @@ def _heads(path: Path) -> list[Head]:
     heads: list[Head] = []
     try:
         for one in _documents(text):
-            for given in one.get("data", [one]):
-                if "row" not in given:
-                    heads.append(Head(**given.get("head", given)))
+            found = [given for given in one.get("data", [one]) if "row" not in given]
+            heads.extend(Head(**given.get("head", given)) for given in found)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CommandError(f"{path} holds no heads.", "Give what GET /audit/heads or `verify` shows.") from error
+        raise CommandError(
+            f"{path} holds no heads.", "Give what GET /audit/heads or `verify` shows."
+        ) from error
     if not heads:
         raise CommandError(f"{path} holds no heads.", "Give what GET /audit/heads or `verify` shows.")
     return heads
