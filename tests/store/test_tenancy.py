@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy.orm import Session
 
 from store.audit import Audit
@@ -20,20 +21,27 @@ from store.errors import NotFoundError
 from store.events import Events
 from store.fenced import AttributionResult, FencedJob, Measurement, Selected
 from store.files import Files
+from store.idempotency import Idempotency
 from store.jobs import Jobs, JobSpec, SetRef
 from store.keys import Keys
 from store.models import Models
 from store.repository import Repository
 from store.results import Results
+from store.tables import UploadPart, WebhookAttempt, WebhookDelivery, now
 from store.tenants import Quota
+from store.uploads import NewUpload, Uploads
+from store.webhooks import Webhooks
 from tests.seeds import add_file, add_model, add_running, everything, get_job
 
 Act = Callable[[Session, str, dict[str, str]], Any]
 
 
-
 def _used(session: Session, tenant: str, ids: dict[str, str]) -> int:
     return Quota(session, tenant).used().stored_bytes
+
+
+def part_of(ids: dict[str, str]) -> UploadPart:
+    return UploadPart(upload_id=ids["upload"], number=1, name="part", bytes=1, sha256="0" * 64)
 
 
 # What each method shows of another tenant's row: "missing" (NotFoundError) or "empty".
@@ -59,11 +67,61 @@ WALK: dict[tuple[type[Repository], str], tuple[str, Act]] = {
     (Keys, "get"): ("missing", lambda s, t, ids: Keys(s, t).get(ids["key"])),
     (Keys, "rotate"): ("missing", lambda s, t, ids: Keys(s, t).rotate(ids["key"], b"s", timedelta(0))),
     (Quota, "used"): ("empty", _used),
+    (Jobs, "moment"): ("missing", lambda s, t, ids: Jobs(s, t).moment(ids["job"])),
+    (Jobs, "retry"): ("missing", lambda s, t, ids: Jobs(s, t).retry(ids["job"])),
+    (Files, "held"): ("missing", lambda s, t, ids: Files(s, t).held(ids["file"])),
+    (Events, "head"): ("missing", lambda s, t, ids: Events(s, t).head(ids["job"])),
+    (Events, "heads"): ("empty", lambda s, t, ids: Events(s, t).heads([ids["job"]])),
+    (Audit, "page"): ("empty", lambda s, t, ids: Audit(s, t).page(object_id=ids["job"]).data),
+    (Audit, "heads"): ("empty", lambda s, t, ids: Audit(s, t).heads().data),
+    (Audit, "end"): ("empty", lambda s, t, ids: Audit(s, t).end()[1]),
+    (Uploads, "get"): ("missing", lambda s, t, ids: Uploads(s, t).get(ids["upload"])),
+    (Uploads, "list"): ("empty", lambda s, t, ids: Uploads(s, t).list().data),
+    (Uploads, "parts"): ("empty", lambda s, t, ids: Uploads(s, t).parts(ids["upload"])),
+    (Uploads, "whole"): ("missing", lambda s, t, ids: Uploads(s, t).whole(ids["upload"])),
+    (Uploads, "put"): ("missing", lambda s, t, ids: Uploads(s, t).put(ids["upload"], part_of(ids), 60, 99)),
+    (Uploads, "finish"): ("missing", lambda s, t, ids: Uploads(s, t).finish(ids["upload"], [], ids["file"])),
+    (Uploads, "expire"): ("missing", lambda s, t, ids: Uploads(s, t).expire(ids["upload"])),
+    (Webhooks, "get"): ("missing", lambda s, t, ids: Webhooks(s, t).get(ids["webhook"])),
+    (Webhooks, "held"): ("missing", lambda s, t, ids: Webhooks(s, t).held(ids["webhook"])),
+    (Webhooks, "list"): ("empty", lambda s, t, ids: Webhooks(s, t).list().data),
+    (Webhooks, "delete"): ("missing", lambda s, t, ids: Webhooks(s, t).delete(ids["webhook"])),
+    (Webhooks, "rotate"): (
+        "missing",
+        lambda s, t, ids: Webhooks(s, t).rotate(ids["webhook"], "s", timedelta(0)),
+    ),
+    (Webhooks, "test"): ("missing", lambda s, t, ids: Webhooks(s, t).test(ids["webhook"])),
+    (Webhooks, "deliveries"): ("missing", lambda s, t, ids: Webhooks(s, t).deliveries(ids["webhook"])),
+    (Webhooks, "replay"): (
+        "missing",
+        lambda s, t, ids: Webhooks(s, t).replay(ids["webhook"], ids["delivery"]),
+    ),
+    (Webhooks, "attempts"): (
+        "empty",
+        lambda s, t, ids: Webhooks(s, t).attempts([ids["delivery"]])[ids["delivery"]],
+    ),
+    (Webhooks, "messages"): (
+        "empty",
+        lambda s, t, ids: Webhooks(s, t).messages([s.get_one(WebhookDelivery, ids["delivery"])]),
+    ),
     (Keys, "list"): ("empty", lambda s, t, ids: Keys(s, t).list().data),
     (Keys, "revoke"): ("missing", lambda s, t, ids: Keys(s, t).revoke(ids["key"])),
     (Audit, "list"): ("empty", lambda s, t, ids: Audit(s, t).list()),
 }
-CREATORS = {(Jobs, "create"), (Files, "create"), (Models, "create"), (Keys, "create"), (Audit, "record")}
+CREATORS = {
+    *((repository, "create") for repository in (Jobs, Files, Models, Keys, Uploads, Webhooks)),
+    (Audit, "record"),
+    (Audit, "sign"),
+    (Idempotency, "reserve"),
+}
+# Name no row but the tenant's own, or are given one that the repository found.
+OWN = {
+    (Quota, "check"),
+    (Webhooks, "disable"),
+    (Webhooks, "enable"),
+    (Idempotency, "answer"),
+    (Idempotency, "release"),
+}
 
 
 def fill(database: Database, tenant: str) -> dict[str, str]:
@@ -79,7 +137,20 @@ def fill(database: Database, tenant: str) -> dict[str, str]:
     with database.write() as session:
         key = Keys(session, tenant).create("a", b"secret").row
         Audit(session, tenant).record("system", "job.create", held.job_id)
+        Audit(session, tenant).sign(Ed25519PrivateKey.generate())
+        upload = Uploads(session, tenant).create(NewUpload("forget", "a", "jsonl", None, None), 60).id
+        Uploads(session, tenant).put(upload, part_of({"upload": upload}), 60, 99)
+        webhook = Webhooks(session, tenant).create("https://1.1.1.1/", "", [], "sealed").id
+        delivery = Webhooks(session, tenant).test(webhook).id
+        session.add(
+            WebhookAttempt(
+                tenant=tenant, delivery_id=delivery, number=1, at=now(), milliseconds=1, status_code=200
+            )
+        )
     return {
+        "upload": upload,
+        "webhook": webhook,
+        "delivery": delivery,
         "job": job.id,
         "model": job.model_id,
         "file": job.forget_file,
@@ -95,7 +166,7 @@ def test_the_walk_is_complete() -> None:
         for name, _ in inspect.getmembers(repository, inspect.isfunction)
         if not name.startswith("_")
     }
-    assert methods == WALK.keys() | CREATORS
+    assert methods == WALK.keys() | CREATORS | OWN
 
 
 @pytest.fixture
