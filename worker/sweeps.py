@@ -91,7 +91,7 @@ def sweep_work(database: Database, settings: Settings) -> None:
     """Delete this machine's work folders of jobs that have ended, except what a retry may go on from."""
     if not settings.work_dir.is_dir():
         return
-    folders = {folder.name: folder for folder in settings.work_dir.iterdir()}
+    folders = {folder.name: folder for folder in settings.work_dir.iterdir() if folder.is_dir()}
     with database.read() as session:
         done = orphans.done_with_work(session, folders, settings.keep_work_days)
         unknown = folders.keys() - orphans.known_jobs(session, folders)

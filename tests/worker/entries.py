@@ -382,7 +382,7 @@ PAUSE_STEP = 25
 
 
 class PausesOnce:
-    """Passes everything on; the first attempt on a work folder sleeps after step PAUSE_STEP, to be killed."""
+    """Passes everything on; the first attempt of a house sleeps after step PAUSE_STEP, to be killed."""
 
     def __init__(self, observer: Observer, mark: Path) -> None:
         self.observer, self.mark = observer, mark
@@ -416,7 +416,7 @@ def unlearns_with_a_pause(
     """The real method."""
     from seuf_core import unlearn  # loads torch, which the other functions do without
 
-    pausing = PausesOnce(observer, work.parent / "paused")
+    pausing = PausesOnce(observer, work.parents[3] / "paused")
     return unlearn(
         model,
         forget,

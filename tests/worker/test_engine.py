@@ -5,6 +5,7 @@ half way.
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 from seuf_core.checkpoint.delta_file import DELTA
 from seuf_core.checkpoint.manifest import read_manifest, sha256_file
 from store.checkpoints import Checkpoints
+from store.jobs import Jobs
 from store.results import Results
 from tests import tiny
 from tests.services import wait_until
-from tests.worker.conftest import House
+from tests.worker.conftest import House, children_of
+from worker.folders import newest_training
 
 Make = Callable[..., House]
 REAL = "seuf_core:unlearn"
@@ -62,10 +65,10 @@ def test_a_job_killed_half_way_ends_with_the_same_bytes(make_house: Make, model:
     house = make_house("unlearns_with_a_pause", lease_seconds=1.5, heartbeat_seconds=0.2)
     killed = submit(house, model)
     worker = house.start("worker", "--lane", "database")
-    wait_until((house.settings.work_dir / killed / "paused").exists, 90, "training to be under way")
+    wait_until((house.settings.data_dir / "paused").exists, 90, "training to be under way")
     worker.send_signal(signal.SIGKILL)
     assert house.job(killed).status == "running"
-    assert list((house.settings.work_dir / killed / "training").glob("*.safetensors"))
+    assert newest_training(house.settings.work_dir, killed)
     undisturbed = house.with_settings(engine_entry=REAL)
     whole = submit(house, model)
     undisturbed.start("worker", "--lane", "database")
@@ -104,6 +107,32 @@ def check_results(house: House, job_id: str, model: Path) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_retry_goes_on_and_ends_with_the_same_bytes(make_house: Make, model: Path) -> None:
+    """Killed half way, with no attempt left."""
+    house = make_house("unlearns_with_a_pause", max_attempts=1)
+    failed = submit(house, model)
+    worker = house.start("worker", "--lane", "database")
+    wait_until((house.settings.data_dir / "paused").exists, 90, "training to be under way")
+    (engine,) = children_of(worker.pid)
+    os.kill(engine, signal.SIGKILL)
+    assert house.wait_for(failed, "failed").error_code == "ENGINE_LOST"
+    with house.database.write() as session:
+        retried = Jobs(session).retry(failed).id
+    job = house.wait_for(retried, "succeeded", "failed", seconds=90)
+    assert (job.status, job.error_message, job.attempts) == ("succeeded", None, 1)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(30) == 0
+    house.with_settings(engine_entry=REAL).start("worker", "--lane", "database")
+    whole = submit(house, model)
+    house.wait_for(whole, "succeeded", "failed", seconds=90)
+    # The looks up to the training checkpoint of step 20 were the old job's.
+    assert [look["step"] for look in house.events(failed, "look")].count(10) == 1
+    assert [look["step"] for look in house.events(retried, "look")].count(10) == 0
+    assert [look["step"] for look in house.events(retried, "look")].count(30) == 1
+    assert weights(house, retried) == weights(house, whole) != {}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_refusals_of_the_library_reach_the_job(make_house: Make, model: Path, tmp_path: Path) -> None:
     house = make_house(REAL)
     (tmp_path / "empty").mkdir()
@@ -125,5 +154,5 @@ def test_cancel_in_the_middle_of_training(make_house: Make, model: Path) -> None
     house.cancel(job_id)
     job = house.wait_for(job_id, "cancelled")
     assert job.checkpoint_id is None
-    assert list((house.settings.work_dir / job_id / "training").glob("*.safetensors"))
+    assert newest_training(house.settings.work_dir, job_id)
     assert not house.artefacts.exists("checkpoints")
