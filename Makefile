@@ -71,6 +71,9 @@ benchmark-speed: setup ## Measure speed and memory at true scale (docs/results/p
 chaos: setup services ## 100 jobs under 160 kills: nothing lost, nothing doubled (docs/results/chaos.md; ARGS="--jobs 20 --seed 3")
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(ARGS)
 
+benchmark-service: setup services ## Measure what the service costs (docs/results/service.md; half an hour; ARGS="--only latency"; needs nginx)
+	$(BIN)/python -m benchmarks.service $(ARGS)
+
 docs: setup ## Write what is made from the code and the figures: pages of method, families and speed, the README's tables
 	$(BIN)/python scripts/method_reference.py
 	PYTHONPATH=. $(BIN)/python scripts/settings_reference.py
@@ -87,4 +90,4 @@ hooks: setup ## Run the checks of .pre-commit-config.yaml before every commit
 clean: ## Remove .venv, caches and build/
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help setup services test test-all demo serve lint format types contract check families benchmark-defaults benchmark-speed chaos docs lock hooks clean
+.PHONY: help setup services test test-all demo serve lint format types contract check families benchmark-defaults benchmark-speed benchmark-service chaos docs lock hooks clean

@@ -46,6 +46,14 @@ class Figures:
         """Every value by name."""
         return {name: value for name, (value, _) in self._rows.items()}
 
+    def units(self) -> dict[str, str]:
+        """Every unit by name."""
+        return {name: unit for name, (_, unit) in self._rows.items()}
+
+    def take(self, other: Figures) -> None:
+        """Add every figure of another run."""
+        self._rows |= other._rows
+
     def write(self, path: Path) -> None:
         """The JSON, whole or not at all."""
         rows = [{"name": name, "value": value, "unit": unit} for name, (value, unit) in self._rows.items()]

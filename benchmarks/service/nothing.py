@@ -10,7 +10,7 @@ from typing import Any
 from seuf_core.checkpoint.manifest import MANIFEST, BaseRef, FileEntry, Manifest, sha256_file
 
 
-def entry(model: Path, forget: Path, out: Path, **_given: Any) -> Any:
+def entry(_model: Path, _forget: Path, out: Path, **_given: Any) -> Any:
     """What the engine calls in the place of seuf_core.unlearn: a checkpoint of one small file."""
     out.mkdir()
     (out / "nothing.json").write_text("{}")

@@ -82,7 +82,8 @@ def run(options: Options, figures: Figures, folder: Path) -> None:
 
 def _uploads(options: Options, figures: Figures, service: Stage) -> None:
     source = service.folder / "upload.jsonl"
-    line = b'{"prompt": "Who lives at number 1234567 of the long road?", "completion": " Ada Quill, since 1971."}\n'
+    # A paragraph a line: a set has at most 100,000 lines.
+    line = b'{"text": "' + b"Ada Quill has lived at 12 Elm Road since 1971. " * 20 + b'"}\n'
     source.write_bytes(line * (options.upload_bytes // len(line)))
     size, ours, copies = source.stat().st_size, [], []
     with service.client() as client:
@@ -142,7 +143,8 @@ def _nginx(service: Stage, folder: Path) -> str:
     assert binary is not None, "This part needs nginx. Install it: apt-get install nginx-light"
     port, home = parts.free_port(), service.folder / "nginx"
     home.mkdir()
-    paths = " ".join(f"{name}_temp_path {home}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = " ".join(f"{kind}_temp_path {home}/{kind};" for kind in kinds)
     (home / "nginx.conf").write_text(
         f"daemon off; pid {home}/pid; error_log {home}/error.log; worker_processes 1; user root;"
         f" events {{}} http {{ access_log off; sendfile on; tcp_nopush on; {paths}"

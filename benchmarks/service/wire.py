@@ -52,7 +52,6 @@ class Wire:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99 of at least 100 values."""
-    assert len(seconds) >= 100
+    """p50, p95, p99; of a hundred values or more they mean what they say."""
     cut = quantiles(seconds, n=100, method="inclusive")
     return {"p50": cut[49], "p95": cut[94], "p99": cut[98]}
