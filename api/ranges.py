@@ -18,7 +18,7 @@ from fastapi.responses import Response, StreamingResponse
 from api.problems import Problem
 
 CHUNK: Final = 1 << 20
-"""Bytes read at once, each time in a thread: smaller pieces cost speed (a quarter of it at 256 KiB), larger ones only
+"""Bytes read at once, each time in a thread: smaller pieces cost speed (half of it at 256 KiB), larger ones mostly
 memory. benchmarks/service.py compares with nginx.
 """
 
