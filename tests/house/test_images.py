@@ -141,8 +141,10 @@ def test_every_command_names_something_that_exists(name: str) -> None:
     tool = Path(sys.executable).with_name(command[0])
     assert tool.exists(), f"{command[0]} is not installed by the lock"
     target = command[1] if command[0] == "uvicorn" else command[command.index("-A") + 1]
+    helped = run(str(tool), "--help").stdout
     assert importlib.util.find_spec(target.split(":")[0]), target
-    helped = run(str(tool), *(["worker"] if command[0] == "celery" else []), "--help").stdout
+    if command[0] == "celery":
+        helped += run(str(tool), "worker", "--help").stdout
     for option in (part for part in command if part.startswith("--")):
         assert re.search(rf"{option}\b", helped), f"{command[0]} knows no {option}"
 
