@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Annotated, Final, Literal, get_args
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from api import schemas, views
 from api.context import Service, TheCaller, TheService, audit, needs
@@ -50,6 +50,9 @@ def _once(events: list[EventType]) -> list[EventType]:
 class WebhookCreate(schemas.Body):
     """An address that is to be told of jobs."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"url": _URL, "events": ["job.succeeded", "job.failed"]}]}
+    )
     url: schemas.Text = _UrlField
     events: list[EventType] = Field(
         default_factory=lambda: list(get_args(EventType)),
@@ -65,6 +68,7 @@ class WebhookCreate(schemas.Body):
 class WebhookChange(schemas.Body):
     """What is to change; what is left out stays."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"disabled": False}]})
     url: schemas.Text | None = Field(None, max_length=2048, examples=[_URL], description="The new address.")
     events: list[EventType] | None = Field(None, max_length=len(get_args(EventType)), description="The new list.")
     description: schemas.Text | None = Field(None, max_length=200)
@@ -86,6 +90,8 @@ class WebhookChange(schemas.Body):
 
 class SecretRotation(schemas.Body):
     """How the old secret goes."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"overlap_seconds": 3600}]})
 
     overlap_seconds: int = Field(
         DAY,
