@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
-from sqlalchemy.exc import DisconnectionError, InterfaceError, OperationalError
+from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-AWAY = (OperationalError, InterfaceError)
-"""What a database raises that cannot be reached, or is restarting: to be tried again."""
+AWAY = (OperationalError, InterfaceError, InternalError)
+"""What a database raises that cannot be reached, is restarting, or has ended our session: to be tried again."""
 IDLE_SECONDS = 1
 """A connection that nobody has used for this long is asked whether it is still good."""
 SQLITE_BUSY_MS = 30_000
 """How long a SQLite writer waits for the one before it.
 
 Writes take milliseconds; half a minute means a stuck process.
+"""
+
+
+STANDSTILL_SECONDS = 30
+"""After this long inside a transaction without a word Postgres ends the session.
+
+A process that is stopped there would hold its job's row, and so its lease, for as long as it stands still.
 """
 
 
@@ -45,6 +52,8 @@ class Database:
         if self.is_sqlite:
             event.listen(self.engine, "begin", _begin_sqlite)
             event.listen(self.writing_engine, "begin", _begin_sqlite_writing)
+        else:
+            event.listen(self.writing_engine, "connect", _let_go_in_time)
         self._read = sessionmaker(self.engine, expire_on_commit=False)
         self._write = sessionmaker(self.writing_engine, expire_on_commit=False)
 
@@ -128,6 +137,11 @@ def _ping_if_idle(
 
 def _only_read_postgres(connection: Any, _record: Any) -> None:
     connection.execute("SET default_transaction_read_only = on")
+
+
+def _let_go_in_time(connection: Any, _record: Any) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{STANDSTILL_SECONDS}s'")
+    connection.commit()
 
 
 def _only_read_sqlite(connection: Any, _record: Any) -> None:

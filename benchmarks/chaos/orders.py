@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -66,10 +66,9 @@ class Order:
         return self.state.phase or "claimed"
 
 
-def draw(jobs: int, rng: random.Random, *, cancels: int) -> list[Order]:
+def draw(jobs: int, rng: random.Random, specs: Sequence[str], *, cancels: int) -> list[Order]:
     """So many orders; `cancels` of them are cancelled, each in the next phase of PHASES."""
-    names = list(SPECS)
-    orders = [Order(number, names[number % len(names)]) for number in range(jobs)]
+    orders = [Order(number, specs[number % len(specs)]) for number in range(jobs)]
     for turn, order in enumerate(rng.sample(orders, cancels)):
         order.cancel_in = PHASES[turn % len(PHASES)]
     return orders

@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,8 +53,16 @@ class Played:
     undisturbed: dict[str, str] = field(default_factory=dict)
 
 
-def play(lane: Lane, folder: Path, jobs: int, kills: int, rng: random.Random, seconds: float) -> Played:
-    """So many jobs and kills.
+def play(
+    lane: Lane,
+    folder: Path,
+    jobs: int,
+    kills: int,
+    rng: random.Random,
+    seconds: float,
+    specs: Sequence[str] = tuple(SPECS),
+) -> Played:
+    """So many jobs and kills. `specs`: which of SPECS, in turn.
 
     Raises:
         TimeoutError: when it has not ended after so many seconds.
@@ -62,14 +70,14 @@ def play(lane: Lane, folder: Path, jobs: int, kills: int, rng: random.Random, se
     with service(lane, folder) as running:
         inputs = orders.upload(running, folder / "reference")
         began = time.monotonic()
-        calm = Ledger(running, inputs, [Order(n, name) for n, name in enumerate(SPECS)], "undisturbed")
+        calm = Ledger(running, inputs, [Order(n, name) for n, name in enumerate(specs)], "undisturbed")
         _finish(Scene(running, calm, rng), seconds)
         undisturbed = _digests(running, calm)
         calm_seconds = time.monotonic() - began
         say(
             f"{calm_seconds:6.1f} s  undisturbed: {', '.join(f'{k} {v[:8]}' for k, v in undisturbed.items())}"
         )
-        drawn = orders.draw(jobs, rng, cancels=math.ceil(CANCELLED_SHARE * jobs))
+        drawn = orders.draw(jobs, rng, specs, cancels=math.ceil(CANCELLED_SHARE * jobs))
         ledger = Ledger(running, inputs, drawn, "chaos")
         scene = Scene(running, ledger, rng)
         ledger.may_submit = lambda number: number < _due(scene, jobs, kills)

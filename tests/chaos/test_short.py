@@ -29,10 +29,10 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.parametrize("lane", ["celery", "database"])
 def test_nothing_is_lost_and_nothing_doubled(lane: Lane, folder: Path) -> None:
-    played = play(lane, folder / lane, 3, 4, random.Random(1), SECONDS)
+    played = play(lane, folder / lane, 2, 3, random.Random(1), SECONDS, ("paper",))
     assert played.verdict.breaches == []
     assert played.left_processes == 0
-    assert sum(one.kill is not None for one in played.done) >= 4
-    assert sum(played.verdict.ended.values()) >= 3
+    assert sum(one.kill is not None for one in played.done) >= 3
+    assert sum(played.verdict.ended.values()) >= 2
     page = text(figures({"machine": "this one"}, 1, [played]))
-    assert "## 3 jobs, 4 kills" in page
+    assert "## 2 jobs, 3 kills" in page

@@ -6,13 +6,14 @@ import threading
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from sqlalchemy import inspect, select, text
+from sqlalchemy import inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
-from store.database import Database, utc_now
+import store.database
+from store.database import AWAY, Database, utc_now
 from store.models import Models
 from store.outbox import Outbox
-from store.tables import Base, Event, Model
+from store.tables import Base, Event, Job, Model
 from tests.seeds import add_job, add_model, get_job
 
 
@@ -130,6 +131,25 @@ def test_sqlite_is_set_up(database: Database) -> None:
             for name in ("journal_mode", "foreign_keys", "busy_timeout")
         }
     assert settings == {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 30_000}
+
+
+def test_postgres_ends_a_transaction_that_stands_still(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a worker that is stopped in the middle of one would hold its job for as long as it stands still."""
+    monkeypatch.setattr(store.database, "STANDSTILL_SECONDS", 1)
+    still, other = Database(postgres_url), Database(postgres_url)
+    job_id = add_job(still)
+    session = still._write()
+    session.execute(update(Job).where(Job.id == job_id).values(step=1))
+    with other.write() as writing:  # waits for the row until its holder is ended
+        writing.execute(update(Job).where(Job.id == job_id).values(step=2))
+    with pytest.raises(AWAY):
+        session.commit()
+    session.close()
+    assert get_job(other, job_id).step == 2
+    for database in (still, other):
+        database.dispose()
 
 
 def test_every_table_has_a_tenant(database: Database) -> None:
