@@ -74,7 +74,7 @@ def _reference() -> Files:
 
 def _tiny(service: Stage) -> Files:
     prepare(service)
-    method = {"scope": "selected_expert", "strength": "fixed", "learning_rate": 1e-4, "steps": 2, "batch_size": 2}
+    method = {"attribution": "affinity", "experts": 1, "strength": "fixed", "learning_rate": 1e-4, "steps": 2}
     sets = (service.folder / f"{purpose}.jsonl" for purpose in ("forget", "retain"))
     return Files(service.folder / "model", *sets, None, method)
 
