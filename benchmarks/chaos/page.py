@@ -24,7 +24,8 @@ own; on the database lane SQLite. A lease takes {lease} seconds. While jobs run,
 the seed draws; they are started again as systemd or Docker would. Locks in the database hold a program in moments that
 chance would seldom hit: between commit and publish, between publish and its mark, between the bytes of a result and
 their row. Between kills, workers are stopped (SIGSTOP) past their lease and continued, Redis loses all messages,
-Postgres is restarted and killed, the disk is full, uploads are cut off, and jobs are cancelled in every phase.
+Postgres is restarted and killed, the disk is full, the receiver of webhooks is down, uploads are cut off, and jobs are
+cancelled in every phase.
 
 At the end every job must have ended once and rightly; its events must be numbered without gaps; each result must have
 its row and each row its bytes, with the sums of its manifest; and the changed weights of each completed job must be,
@@ -36,6 +37,7 @@ BROKEN: Final[Mapping[str, str]] = {
     "wrong_state": "wrong final states",
     "other_weights": "completed jobs with other weights",
     "orphans": "bytes without a row after the sweep",
+    "untold": "changes of state that no webhook told",
     "unsettled": "leases or messages left over",
 }
 
@@ -133,7 +135,7 @@ def _recovery(figures: Figures, lanes: Sequence[str]) -> str:
         "recoveries": "attempts after the first",
         "attempts/mean": "attempts a job, mean",
         "attempts/most": "attempts a job, most",
-        "sent_again": "submits sent again",
+        "sent_again": "submits that had to be repeated",
         "fell_by_themselves": "programs that fell by themselves",
         "seconds": "seconds under faults",
     }

@@ -25,8 +25,9 @@ from worker import sweeps
 
 CANCELLED_SHARE = 0.14
 """Of the jobs: two in each phase when there are a hundred."""
-REST_SECONDS = 30.0
-"""What leases, messages and sweeps are given to settle after the last job has ended."""
+REST_SECONDS = 100.0
+"""What leases, messages, webhooks and sweeps are given to settle after the last job has ended: a webhook whose sender
+was killed is taken up by another one half a minute later."""
 MAX_GAP_SECONDS = 2.5
 """Between two kills, beside the time each waits for its moment."""
 AHEAD = 4

@@ -17,7 +17,7 @@ import httpx
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from benchmarks.chaos import parts
+from benchmarks.chaos import parts, receiver
 from benchmarks.chaos.keeper import Keeper, Program
 from store.database import Database
 from store.settings import Settings
@@ -70,6 +70,11 @@ class Service:
         return Settings.model_validate({**known, "orphan_grace_seconds": 0.5})
 
     @property
+    def inbox(self) -> Path:
+        """What the receiver of webhooks has got; see receiver.received."""
+        return self.folder / "received.jsonl"
+
+    @property
     def workers(self) -> list[Program]:
         """The programs that run jobs."""
         return [program for name, program in self.keeper.programs.items() if name.startswith("worker")]
@@ -118,7 +123,7 @@ def service(lane: Lane, folder: Path) -> Iterator[Service]:
     """A service that answers, on its own disk, with two workers; all of it ends with the block."""
     folder.mkdir(parents=True)
     with parts.small_disk(folder / "disk", DISK_MIB) as has_own_disk:
-        ports = {name: parts.free_port() for name in ("api", "postgres", "redis")}
+        ports = {name: parts.free_port() for name in ("api", "postgres", "redis", "receiver")}
         environment = _environment(lane, folder, ports)
         keeper = Keeper(secrets.token_hex(8))
         found = Service(
@@ -152,6 +157,11 @@ def _environment(lane: Lane, folder: Path, ports: dict[str, int]) -> dict[str, s
         "HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
         "CANCEL_GRACE_SECONDS": "20",
         "MAX_ATTEMPTS": str(MAX_ATTEMPTS),
+        "WEBHOOK_HTTP": "true",
+        "WEBHOOK_PORTS": str(ports["receiver"]),
+        "WEBHOOK_ALLOW": "127.0.0.0/8",
+        "WEBHOOK_TIMEOUT_SECONDS": "2",
+        "WEBHOOK_RETRY_SECONDS": ",".join(["1"] * 3 + ["3"] * 10 + ["10"] * 10),
     }
     # One thread an engine: the weights are compared bit by bit, and two engines share two cores.
     ours = {
@@ -181,6 +191,17 @@ def _start(service: Service) -> None:
     for name, command in programs.items():
         keeper.run(Program(name, [sys.executable, "-m", *command], service.environment, folder))
     parts.wait_for(service.answers, "the API")
+    _listen(service)
+
+
+def _listen(service: Service) -> None:
+    """A receiver of webhooks that is told of every change of a job."""
+    port = str(service.ports["receiver"])
+    with service.http() as http:
+        hook = http.post("/webhooks", json={"url": f"http://127.0.0.1:{port}/"}).raise_for_status().json()
+    command = [sys.executable, "-m", "benchmarks.chaos.receiver", port, str(service.inbox)]
+    environment = {**service.environment, receiver.SECRET: hook["secret"]}
+    service.keeper.run(Program("receiver", command, environment, service.folder))
 
 
 def _once(service: Service, *command: str) -> str:

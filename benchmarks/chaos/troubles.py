@@ -15,6 +15,7 @@ from benchmarks.chaos.scene import Scene
 
 Trouble = Callable[[Scene], None]
 FULL_SECONDS: Final = 4.0
+DOWN_SECONDS: Final = 6.0
 
 
 def stop_and_continue(scene: Scene) -> None:
@@ -88,6 +89,15 @@ def fill_disk(scene: Scene) -> None:
     scene.note("disk full", f"for {FULL_SECONDS:.0f} s")
 
 
+def receiver_down(scene: Scene) -> None:
+    """Nobody takes webhooks for some seconds; then somebody does again."""
+    program = scene.service.keeper.programs["receiver"]
+    scene.service.keeper.stop(program)
+    scene.pause(DOWN_SECONDS)
+    program.start()
+    scene.note("webhook receiver down", f"for {DOWN_SECONDS:.0f} s")
+
+
 TROUBLES: Final[dict[str, tuple[Trouble, ...]]] = {
     "celery": (
         stop_and_continue,
@@ -96,7 +106,8 @@ TROUBLES: Final[dict[str, tuple[Trouble, ...]]] = {
         restart_postgres,
         crash_postgres,
         fill_disk,
+        receiver_down,
         moments.truncated_upload,
     ),
-    "database": (stop_and_continue, fill_disk, moments.truncated_upload),
+    "database": (stop_and_continue, fill_disk, receiver_down, moments.truncated_upload),
 }

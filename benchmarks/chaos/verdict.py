@@ -15,12 +15,13 @@ from sqlalchemy.orm import Session
 
 from benchmarks.chaos import weights
 from benchmarks.chaos.orders import DISK_FULL, Order
+from benchmarks.chaos.receiver import received
 from benchmarks.chaos.service import MAX_ATTEMPTS, Service
 from store.tables import Checkpoint, Event, File, Job, OutboxMessage
 from store.transitions import FINAL, TRANSITIONS, Status
 
 # What a breach of each rule is called in the figures.
-RULES: Final = ("lost", "doubled", "wrong_state", "other_weights", "orphans", "unsettled")
+RULES: Final = ("lost", "doubled", "wrong_state", "other_weights", "orphans", "untold", "unsettled")
 
 
 @dataclass
@@ -58,6 +59,7 @@ def judge(service: Service, orders: Sequence[Order], run: str, undisturbed: Mapp
             _row(found, job)
         _weights(found, session, service, rows, orders, undisturbed)
         _storage(found, session, service)
+        _webhooks(found, session, service, [job.id for job in rows])
         for message in session.scalars(select(OutboxMessage).where(OutboxMessage.published_at.is_(None))):
             found.breach("unsettled", f"outbox message {message.id} of {message.job_id} still waits")
     return found
@@ -131,6 +133,20 @@ def _weights(
                 found.breach("other_weights", f"{id_} of {job.id} ({specs[job.meta['order']]})")
 
 
+def _webhooks(found: Verdict, session: Session, service: Service, jobs: Sequence[str]) -> None:
+    """Every change of state was told at least once, each time it was told under one id."""
+    told = defaultdict(set)
+    for message in received(service.inbox):
+        data = message["data"]
+        told[data["job"], data["seq"], data["status"]].add(message["webhook-id"])
+    for event in session.scalars(select(Event).where(Event.job_id.in_(jobs), Event.type == "status")):
+        ids = told[event.job_id, event.seq, event.data["status"]]
+        if not ids:
+            found.breach("untold", f"{event.job_id}: {event.data['status']} (event {event.seq}) was not told")
+        if len(ids) > 1:
+            found.breach("doubled", f"{event.job_id}: event {event.seq} was told as {sorted(ids)}")
+
+
 def checkpoint_folder(service: Service, checkpoint_id: str) -> Path:
     """Where the files of a checkpoint lie."""
     return service.disk / "artefacts" / "checkpoints" / checkpoint_id
@@ -166,4 +182,4 @@ def names(folder: Path) -> set[str]:
 def at_rest(service: Service, orders: Sequence[Order], run: str, undisturbed: Mapping[str, str]) -> bool:
     """Has everything settled, so that a verdict can be given? (Orphans are swept some time after.)"""
     found = judge(service, orders, run, undisturbed)
-    return not any(rule in ("orphans", "unsettled", "lost") for rule, _ in found.breaches)
+    return not any(rule in ("orphans", "untold", "unsettled", "lost") for rule, _ in found.breaches)
