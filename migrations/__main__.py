@@ -1,11 +1,13 @@
 """`python -m migrations upgrade|downgrade|check`: the schema of the database that SEUF_DATABASE_URL names."""
 
 import argparse
+import logging
 import sys
 
 from store import migrate
 from store.database import Database
 from store.settings import Settings
+from telemetry import logs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,7 +16,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("act", choices=("upgrade", "downgrade", "check"))
     parser.add_argument("revision", nargs="?", help="default: head; required for downgrade")
     given = parser.parse_args(arguments)
-    url = Settings().database_url
+    settings = Settings()
+    logs.configure(settings.log_format, settings.log_level)
+    logging.getLogger("alembic").setLevel(logging.INFO)  # each migration that runs; elsewhere it has nothing to say
+    url = settings.database_url
     if given.act == "upgrade":
         migrate.upgrade(url, given.revision or "head")
     elif given.act == "downgrade":

@@ -21,8 +21,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference" / "settings.md"
 ABOUT = """# Settings
 
 Made by `python scripts/settings_reference.py` from `store.settings` and `api.settings`. Every process reads them once,
-at its start, from its environment; all processes of one service must agree on them. A value that cannot be is refused at
-the start, and the message names the variable. A secret may also be given as a file: `SEUF_SECRET_FILE=/path` in the
+at its start, from its environment; all processes of one service must agree on them. A value that cannot be is refused
+at the start, and the message names the variable. A secret may also be given as a file: `SEUF_SECRET_FILE=/path` in the
 place of `SEUF_SECRET`.
 """
 HEAD = "| variable | values | default | meaning |\n|---|---|---|---|"

@@ -21,7 +21,7 @@ Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Fields = dict[str, str | int | float | None]
 
 OURS: Final = ("seuf", "api", "cli", "migrations", "seuf_core", "store", "worker")
-OTHERS: Final = ("alembic", "celery", "uvicorn")
+OTHERS: Final = ("celery", "uvicorn")
 """Libraries whose INFO says something to an operator. DEBUG of a library may hold a password or a signature, and INFO
 of an HTTP client the address of a webhook: of others only warnings are shown, whatever the level.
 """

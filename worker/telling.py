@@ -63,7 +63,7 @@ def begin(settings: Settings, service: str) -> None:
 @contextmanager
 def attempt(given: Assignment) -> Iterator[Assignment]:
     """A supervisor's attempt at a job; yields what to hand to the engine."""
-    about = {"job.id": given.job_id, "job.attempt": given.attempt, "tenant": given.tenant}
+    about: dict[str, str | int] = {"job.id": given.job_id, "job.attempt": given.attempt, "tenant": given.tenant}
     with (
         logs.about(
             job_id=given.job_id, attempt=given.attempt, tenant=given.tenant, request_id=given.request_id
