@@ -53,6 +53,7 @@ class Stage:
         """Run an ASGI application on a free port, in one process; returns its address too."""
         port = parts.free_port()
         options = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning", "--no-access-log"]
+        options += ["--timeout-keep-alive", "600"]  # a connection waits while the other side has its turn
         program = self.start(name, ["uvicorn", app, *options], **more)
         parts.wait_for(lambda: _answers(f"http://127.0.0.1:{port}/healthz"), f"{name}; see its log")
         return program, f"http://127.0.0.1:{port}"
