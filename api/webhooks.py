@@ -322,4 +322,5 @@ def _deliveries(hooks: Webhooks, rows: list[tables.WebhookDelivery]) -> list[Del
             log=[Attempt.model_validate(one) for one in attempts[row.id]],
         )
         for row in rows
+        if row.message_id in messages  # else it was forgotten between the two looks
     ]
