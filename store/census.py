@@ -4,6 +4,7 @@ What is so now is counted anew. What has ended is added up once: each process ke
 reads only what ended since, so a look stays cheap however many jobs there were, and every process says the same.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -156,8 +157,7 @@ class Durations:
 
     def add(self, seconds: float) -> None:
         """One more."""
-        place = next((n for n, bound in enumerate(BOUNDS) if seconds <= bound), len(BOUNDS))
-        self.counts[place] += 1
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
 
 
