@@ -62,7 +62,7 @@ def forget_answers(database: Database, settings: Settings) -> None:
 
 DUTIES: tuple[Duty, ...] = (
     Duty("release_expired", 2, release_expired),
-    Duty("sweep_checkpoints", 60, sweep_checkpoints),
+    Duty("sweep_checkpoints", 3600, sweep_checkpoints),
     Duty("sweep_files", 3600, sweep_files),
     Duty("report_missing", 86_400, report_missing),
     Duty("sign_audit", 10, sign_heads),

@@ -10,6 +10,9 @@ row and deleting its bytes. Nothing that a running process is about to name is t
   gone, which `report_missing` tells. Bytes without a name (drafts) are safe at any age: their writer fails.
 - Parts of an upload come after its row, so a folder without a row is over; the age is asked for all the same.
 
+Whoever starts the service on a database that was restored from an older copy has that long to notice. On one that
+knows nothing of what is stored, as another service's does, nothing is deleted.
+
 A row is never deleted here: that bytes are missing is for a person to look at.
 """
 
@@ -31,17 +34,20 @@ from worker.folders import trim
 
 log = logging.getLogger(__name__)
 
+FEW = 10
+"""Orphans that a crash or two may leave. More of them, and nothing beside them that has a row: the wrong database."""
 WORK_SECONDS = 3600
 """Between two looks at the work folders of this machine."""
 
 
 def sweep_checkpoints(database: Database, settings: Settings) -> None:
-    """Delete checkpoint folders whose attempt lost its lease before their row was written."""
-    _sweep(database, Artefacts.of(settings), "checkpoints", orphans.wanted_checkpoints, older_than=0)
+    """Delete old checkpoint folders whose attempt lost its lease before their row was written."""
+    grace = settings.orphan_grace_seconds
+    _sweep(database, Artefacts.of(settings), "checkpoints", orphans.wanted_checkpoints, grace)
 
 
 def sweep_files(database: Database, settings: Settings) -> None:
-    """Delete what uploads left behind: bytes of files and of parts without a row, and drafts."""
+    """Delete what uploads left behind long ago: bytes of files and of parts without a row, and drafts."""
     artefacts, grace = Artefacts.of(settings), settings.orphan_grace_seconds
     _sweep(database, artefacts, "files", orphans.wanted_files, grace)
     _sweep(database, artefacts, "uploads", orphans.wanted_uploads, grace)
@@ -56,14 +62,18 @@ def _sweep(
     wanted: Callable[[Session, Collection[str]], set[str]],
     older_than: float,
 ) -> None:
-    old = [stored.key for stored in artefacts.list(prefix) if stored.age_seconds >= older_than]
-    keys = {Path(key).name.partition(".")[0]: key for key in old}
+    stored = {Path(one.key).name.partition(".")[0]: one for one in artefacts.list(prefix)}
     with database.read() as session:
-        named = wanted(session, keys)
-    for id_, key in keys.items():
-        if id_ not in named:
-            artefacts.delete(key)
-            log.warning("%s had no row and is deleted", key)
+        named = wanted(session, stored)
+    old = [one.key for id_, one in stored.items() if id_ not in named and one.age_seconds >= older_than]
+    if not named and len(old) > FEW:
+        log.error(
+            "%d %s and not one of them has a row: is this their database? None is deleted", len(old), prefix
+        )
+        return
+    for key in old:
+        artefacts.delete(key)
+        log.warning("%s had no row and is deleted", key)
 
 
 def report_missing(database: Database, settings: Settings) -> None:

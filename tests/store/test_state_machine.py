@@ -100,7 +100,9 @@ class Store(RuleBasedStateMachine):
         super().__init__()
         self.database, self.clock, self.queue = database, clock, Queue()
         # A storage of its own for every run of the machine: the database is emptied, a folder would be left.
-        self.settings = Settings(data_dir=folder / secrets.token_hex(8), database_url=str(database.url))
+        self.settings = Settings(
+            data_dir=folder / secrets.token_hex(8), database_url=str(database.url), orphan_grace_seconds=1e-9
+        )
         self.artefacts = Artefacts.of(self.settings)
         self.model_id = ""
         self.tokens: dict[str, int] = {}

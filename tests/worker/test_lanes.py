@@ -18,7 +18,7 @@ from sqlalchemy import text
 from store.database import Database
 from store.jobs import Jobs
 from store.outbox import Outbox
-from tests.services import wait_until
+from tests.services import free_port, redis_on, wait_until
 from tests.worker.conftest import House, children_of, is_alive
 
 Make = Callable[..., House]
@@ -66,6 +66,36 @@ def test_when_the_worker_is_killed_its_engine_dies_and_its_job_is_run_again(make
         "running",
         "succeeded",
     ]
+
+
+def test_a_worker_that_dies_while_it_cancels_leaves_a_cancelled_job(make_house: Make) -> None:
+    """Its engine ignores the stop, and nobody is left to kill it but the kernel; the lease ends the job."""
+    house = make_house("ignores_stop", lease_seconds=1.5)
+    job_id = house.submit()
+    worker = house.start("worker", "--lane", "database")
+    pids = house.wait_for_pid(job_id)
+    house.cancel(job_id)
+    worker.send_signal(signal.SIGKILL)
+    assert house.job(job_id).status == "cancelling"
+    house.start("worker", "--lane", "database")
+    job = house.wait_for(job_id, "cancelled")
+    assert (job.attempts, job.lost_leases, job.error_code) == (1, 1, None)
+    wait_until(lambda: not is_alive(pids["pid"]), 5, "the engine to follow its supervisor")
+
+
+@POSTGRES
+def test_a_cancel_needs_no_broker(make_house: Make) -> None:
+    """Redis goes away for good while one job runs and another waits: both are cancelled."""
+    with redis_on(free_port()) as url:
+        house = make_house("runs_until_stopped", broker_url=url)
+        running = house.submit()
+        start_celery(house)
+        house.wait_for_pid(running)
+        waiting = house.submit()
+    for job_id in (running, waiting):
+        house.cancel(job_id)
+    for job_id in (running, waiting):
+        house.wait_for(job_id, "cancelled")
 
 
 def ready_engine(worker: subprocess.Popen[bytes], but: int | None = None) -> int:

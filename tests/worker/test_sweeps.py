@@ -48,6 +48,7 @@ def test_a_checkpoint_folder_stays_as_long_as_its_row_may_come(make_house: Make)
     house = make_house("works")
     job = held(house)
     key = named_folder(house, job)
+    age(house.artefacts.path(key), 2 * DAY)
     sweeps.sweep_checkpoints(house.database, house.settings)
     assert house.artefacts.exists(key)
     with job.together():
@@ -62,7 +63,7 @@ def test_a_checkpoint_folder_goes_when_its_row_can_not_come_any_more(
     make_house: Make, end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     house = make_house("works")
-    job, other = held(house), held(house)
+    job, other, young = held(house), held(house), held(house)
     key, kept = named_folder(house, job), named_folder(house, other)
     ends = {
         "hand_back": job.hand_back,
@@ -73,10 +74,15 @@ def test_a_checkpoint_folder_goes_when_its_row_can_not_come_any_more(
     if end != "fail":  # and the next attempt is no reason to keep it
         with house.database.write() as session:
             assert leases.claim(session, job.job_id, "worker-2", 60) is not None
+    new = named_folder(house, young)
+    young.hand_back()
+    for one in (key, kept):
+        age(house.artefacts.path(one), 2 * DAY)
     with caplog.at_level(logging.WARNING):
         sweeps.sweep_checkpoints(house.database, house.settings)
     assert not house.artefacts.exists(key)
     assert house.artefacts.exists(kept)
+    assert house.artefacts.exists(new)
     assert key in caplog.text
 
 
@@ -105,6 +111,26 @@ def test_old_bytes_without_a_row_go(make_house: Make) -> None:
     for key in (files.artefact_key(deleted.file), stray, part):
         assert not house.artefacts.exists(key)
     assert not draft.exists()
+
+
+@pytest.mark.parametrize("prefix", ["files", "checkpoints"])
+def test_nothing_goes_on_the_database_of_another_service(
+    make_house: Make, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    house = make_house("works")
+    kind = {"files": "file", "checkpoints": "ckpt"}[prefix]
+    keys = [f"{prefix}/{new_id(kind)}.x" for _ in range(sweeps.FEW + 1)]
+    for key in keys:
+        with house.artefacts.open_write(key) as file:
+            file.write(b"bytes")
+        age(house.artefacts.path(key), 2 * DAY)
+    sweep = {"files": sweeps.sweep_files, "checkpoints": sweeps.sweep_checkpoints}[prefix]
+    sweep(house.database, house.settings)
+    assert all(house.artefacts.exists(key) for key in keys)
+    assert "is this their database?" in caplog.text
+    house.artefacts.delete(keys[0])
+    sweep(house.database, house.settings)
+    assert not any(house.artefacts.exists(key) for key in keys)
 
 
 def test_rows_without_bytes_are_told_and_kept(make_house: Make, caplog: pytest.LogCaptureFixture) -> None:
