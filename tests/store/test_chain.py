@@ -208,6 +208,20 @@ def test_the_whole_chain_rewritten_without_the_key() -> None:
     assert broken([])[0] == "no_head"
 
 
+def test_a_row_changed_and_all_after_it_made_good() -> None:
+    """Signing rows stand where they stood and name the same key; only the signed hash is another one."""
+    log = a_log()
+    anew = Log()
+    for row in log.rows:
+        if row.what == chain.SIGN:
+            anew.sign()
+        else:
+            anew.act(row.what, "job_other" if row.seq == 2 else row.object)
+    anew.heads = log.heads
+    assert broken(anew.export()) == ("rewritten", 6)
+    assert broken(anew.export(all_heads=True))[0] == "rewritten"
+
+
 def test_an_untrusted_key_is_seen_only_by_who_knows_the_right_one() -> None:
     """Not findable from the file alone: it agrees with itself. Hence --public-key."""
     anew = rewritten(a_log(), Ed25519PrivateKey.generate())
