@@ -41,7 +41,7 @@ class Incoming:
         self.settings = settings
         self.max_bytes = max_bytes
         folder = spool_folder(settings)
-        self.lines: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]  # noqa: SIM115
+        self.lines: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         limits = Limits(max_bytes=max_bytes, max_stored_bytes=settings.max_file_bytes)
         try:
             self._reader = SetReader(purpose, format, limits, out=self.lines, scratch=folder)

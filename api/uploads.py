@@ -8,7 +8,7 @@ import hashlib
 import re
 import shutil
 import tempfile
-from typing import Annotated, BinaryIO, Final
+from typing import Annotated, BinaryIO, Final, cast
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -21,7 +21,7 @@ from api.idempotency import TheOnce
 from api.multipart import cut_off, refuse_encoded
 from api.problems import FieldError, Problem, at, from_seuf_error
 from api.sets import Incoming, placed, record, refusal, shown_name, spool_folder
-from seuf_core.data.formats import format_of
+from seuf_core.data.formats import Format, format_of
 from seuf_core.data.reader import READ_BYTES, check_format
 from seuf_core.errors import DataError
 from store.errors import UploadChangedError
@@ -231,9 +231,9 @@ def complete_upload(
 
 
 def _made(service: Service, caller: Caller, upload: Upload, parts: list[UploadPart]) -> File:
-    with Incoming(
-        service.settings, upload.purpose, upload.format, service.settings.max_file_bytes
-    ) as incoming:
+    settings = service.settings
+    purpose, kind = cast("schemas.Purpose", upload.purpose), cast("Format", upload.format)
+    with Incoming(settings, purpose, kind, settings.max_file_bytes) as incoming:
         _read_parts(service, upload, parts, incoming)
         summary = incoming.finish()
         if upload.sha256 is not None and summary.sent_sha256 != upload.sha256:

@@ -268,8 +268,8 @@ class SetReader:
         summary = self._records.finish()
         if self.format == "jsonl":
             return summary
-        sent = {"sent_bytes": self._bytes, "sent_sha256": self._digest.hexdigest()}
-        return replace(summary, format=self.format, **sent)
+        digest = self._digest.hexdigest()
+        return replace(summary, format=self.format, sent_bytes=self._bytes, sent_sha256=digest)
 
     def close(self) -> None:
         """Let go of a Parquet file that was not finished."""
