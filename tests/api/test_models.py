@@ -104,10 +104,10 @@ def test_only_folders_under_an_allowed_root(tmp_path, tiny_model, sqlite_templat
     path = tmp_path / "seuf.db"
     path.write_bytes(sqlite_template.read_bytes())
     settings = ApiSettings(
-        data_dir=tmp_path, database_url=f"sqlite:///{path}", secret="k7Gm2xQ9" * 4, model_roots=str(allowed)
+        data_dir=tmp_path, database_url=f"sqlite:///{path}", secret="k7Gm2xQ9pLr4Tz8W" * 2, model_roots=str(allowed)
     )
     with Database(settings.database_url).write() as session:
-        key = Keys(session).create("test", b"s").token
+        key = Keys(session).create("test", settings.secret_bytes()).token
     with TestClient(create_app(settings), headers={"Authorization": f"Bearer {key}"}) as http:
 
         def code(folder):

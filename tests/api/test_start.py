@@ -12,7 +12,7 @@ HEAVY = ("torch", "transformers", "safetensors", "celery", "numpy", "pyarrow")
 
 def test_importing_the_api_loads_nothing_heavy(tmp_path):
     program = f"import sys, api.main; print([m for m in {HEAVY!r} if m in sys.modules])"
-    environment = {"SEUF_DATA_DIR": str(tmp_path), "SEUF_SECRET": "k7Gm2xQ9" * 4, "PATH": ""}
+    environment = {"SEUF_DATA_DIR": str(tmp_path), "SEUF_SECRET": "k7Gm2xQ9pLr4Tz8W" * 2, "PATH": ""}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -83,7 +83,7 @@ def test_a_given_secret_is_used_and_never_shown(tmp_path: Path, monkeypatch: pyt
         "set it to a long random string; the API keys are checked with it, so keep it",
         "a" * 64,
         "0123456701234567012345670123456701234567",
-        "k7Gm2xQ9" * 3,
+        "k7Gm2xQ9pLr4Tz8WbN5c",
     ],
 )
 def test_a_weak_secret_is_refused_and_not_quoted(tmp_path: Path, weak: str) -> None:
