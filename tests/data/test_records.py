@@ -231,6 +231,18 @@ def test_errors_are_all_counted_and_the_first_kept():
     assert [error.line for error in summary.errors] == list(range(1, ERRORS_KEPT + 1))
 
 
+def test_after_a_thousand_errors_or_a_million_lines_nothing_more_is_looked_at():
+    seen = []
+    reader = RecordReader("forget", on_record=seen.append)
+    reader.feed(b"{}\n" * 5000)
+    reader.feed(_line(completion="a"))
+    summary = reader.finish()
+    assert (summary.error_count, summary.lines, seen) == (1000, 1000, [])
+    assert summary.bytes == 15_000 + len(_line(completion="a"))
+    summary, _ = _read(b"\n" * 12 + _line(completion="a"), limits=Limits(max_lines=10))
+    assert [(error.line, error.code) for error in summary.errors] == [(11, "too_many_lines")]
+
+
 @pytest.mark.parametrize(
     "line", [b'{"completion": "SECRET", "x": 1}', b'{"completion": "SECRET"', b'{"fact": "SECRET"}']
 )
