@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -171,9 +171,7 @@ def hold(session: Session, tenant: str) -> AuditChain:
     """The tenant's chain, made if it is not there, its row held until the transaction ends."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     begin = dialect.insert(AuditChain).values(tenant=tenant, seq=0, hash=START)
-    session.execute(begin.on_conflict_do_nothing())
-    turn = update(AuditChain).where(AuditChain.tenant == tenant).values(seq=AuditChain.seq)
-    return session.scalars(
-        turn.returning(AuditChain),
-        execution_options={"populate_existing": True, "synchronize_session": False},
-    ).one()
+    turn = begin.on_conflict_do_update(index_elements=["tenant"], set_={"seq": AuditChain.seq})
+    rows = session.scalars(turn.returning(AuditChain), execution_options={"populate_existing": True})
+    chain: AuditChain = rows.one()
+    return chain

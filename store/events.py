@@ -71,11 +71,22 @@ def append(session: Session, job_id: str, type_: str, data: dict[str, Any], *, a
     seq, tenant = session.execute(
         draw.returning(Job.event_seq, Job.tenant), execution_options={"synchronize_session": False}
     ).one()
-    session.add(Event(job_id=job_id, seq=seq, tenant=tenant, type=type_, data=plain(data)))
-    session.flush()
-    if type_ == "status":
-        if not asked:
-            what = "job.lost" if "lost" in data else f"job.{data['status']}"
-            Audit(session, tenant).record(SYSTEM, what, job_id)
-        webhooks.tell(session, tenant, job_id, int(seq), data)
+    _write(session, Event(job_id=job_id, seq=int(seq), tenant=tenant, type=type_, data=plain(data)), asked=asked)
     return int(seq)
+
+
+def first(session: Session, job: Job) -> None:
+    """The first event of a job that a caller has just asked for, and that was made with event_seq = 1."""
+    assert job.event_seq == 1
+    data = plain({"status": job.status})
+    _write(session, Event(job_id=job.id, seq=1, tenant=job.tenant, type="status", data=data), asked=True)
+
+
+def _write(session: Session, event: Event, *, asked: bool) -> None:
+    session.add(event)
+    session.flush()
+    if event.type == "status":
+        if not asked:
+            what = "job.lost" if "lost" in event.data else f"job.{event.data['status']}"
+            Audit(session, event.tenant).record(SYSTEM, what, event.job_id)
+        webhooks.tell(session, event.tenant, event.job_id, event.seq, event.data)

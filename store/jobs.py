@@ -83,11 +83,11 @@ class Jobs(Repository):
             max_seconds=spec.max_seconds,
             max_memory_bytes=spec.max_memory_bytes,
             retry_of=spec.retry_of,
+            event_seq=1,
         )
         self._add(job)
-        events.append(self.session, job.id, "status", {"status": Status.QUEUED}, asked=True)
+        events.first(self.session, job)
         Outbox(self.session).add(job.id, self.tenant)
-        self.session.refresh(job)
         return job
 
     def retry(self, job_id: str, request_id: str | None = None, traceparent: str | None = None) -> Job:
