@@ -43,7 +43,8 @@ def test_a_submitted_job_is_complete_and_queued(tenant, tiny_model):
     with tenant.served.database.read() as session:
         assert len(session.scalars(select(Event).where(Event.job_id == job["id"])).all()) == 1
         assert len(session.scalars(select(OutboxMessage).where(OutboxMessage.job_id == job["id"])).all()) == 1
-        acts = session.scalars(select(AuditRow.what).where(AuditRow.tenant == tenant.name)).all()
+        of_tenant = select(AuditRow.what).where(AuditRow.tenant == tenant.name)
+        acts = session.scalars(of_tenant.order_by(AuditRow.seq)).all()
         assert acts == ["model.create", "file.create", "file.create", "job.create"]
 
 
@@ -279,7 +280,7 @@ def test_cancelling(tenant, tiny_model):
     answer = tenant.http.post(f"/jobs/{running}/cancel")
     assert (answer.json()["status"], answer.json()["cancel_requested"]) == ("cancelling", True)
     assert tenant.http.post(f"/jobs/{running}/cancel").json()["status"] == "cancelling"
-    held.cancelled()
+    held.hand_back()
     assert tenant.http.get(f"/jobs/{running}").json()["status"] == "cancelled"
     answer = tenant.http.post(f"/jobs/{done}/cancel")
     assert (answer.status_code, answer.json()["code"]) == (409, "transition_refused")
