@@ -23,11 +23,13 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from api.context import needs
+from api.context import TheCaller, needs
 from api.docs import problems
+from api.problems import Problem
 from seuf_core.version import __version__
 from store.census import Census, Durations, Ended, Watch, cumulative
 from store.database import Database
+from store.repository import DEFAULT_TENANT
 
 router = APIRouter(tags=["service"])
 
@@ -62,11 +64,21 @@ class Metrics:
         **problems(),
     },
 )
-def metrics(request: Request, accept: Annotated[str, Header(include_in_schema=False)] = "") -> Response:
+def metrics(
+    request: Request, caller: TheCaller, accept: Annotated[str, Header(include_in_schema=False)] = ""
+) -> Response:
     """The service in numbers, all tenants together: the queue, jobs, storage, webhooks, audit, and this process.
 
-    For Prometheus. Give its scrape configuration a key of the scope `metrics:read`.
+    For Prometheus. Give its scrape configuration a key of the scope `metrics:read`, of the tenant `default`: these are
+    the operator's figures, so no other tenant's key reads them.
     """
+    if caller.tenant != DEFAULT_TENANT:
+        raise Problem(
+            403,
+            "operators_only",
+            "These figures are of all tenants together, so only keys of the tenant default read them.",
+            "Use a key that the operator made: seuf keys create --scope metrics:read",
+        )
     encode, content_type = choose_encoder(accept)
     told = cast("Metrics", request.app.state.metrics)
     return Response(

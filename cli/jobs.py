@@ -149,7 +149,7 @@ def _fields(job: Job) -> dict[str, object]:
         "forget set": job["forget_set"],
         "retain set": job["retain_set"],
         "evaluation set": job["evaluation_set"],
-        "limits": ", ".join(f"{name} {value:.15g}" for name, value in job["limits"].items() if value) or None,  # type: ignore[str-format]
+        "limits": ", ".join(f"{name} {value:.15g}" for name, value in job["limits"].items() if value) or None,
         "retry of": job["retry_of"],
         "metadata": " ".join(f"{name}={value}" for name, value in job["metadata"].items()) or None,
         "created": job["created_at"],

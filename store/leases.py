@@ -94,7 +94,7 @@ def limits(session: Session, held: Claim) -> Limits:
     query = select(Job.started_at, Job.max_seconds, Job.max_memory_bytes).where(Job.id == held.job_id)
     started_at, max_seconds, max_memory_bytes = session.execute(query).one()
     left = None
-    if max_seconds is not None:
+    if max_seconds is not None and started_at is not None:
         left = max_seconds - (utc_now(session) - started_at).total_seconds()
     return Limits(max_seconds, left, max_memory_bytes)
 

@@ -21,7 +21,7 @@ SCOPES: Final[Mapping[str, str]] = {
     "audit:read": "read the audit log",
     "keys:read": "look at keys (never at the keys themselves)",
     "keys:write": "make, rotate and revoke keys that may do no more than the one in use",
-    "metrics:read": "read the figures of the service, all tenants together",
+    "metrics:read": "read the figures of all tenants together; only in the operator's tenant, `default`",
     ADMIN: "everything",
 }
 

@@ -146,8 +146,10 @@ def _chain_audit() -> None:
 
 
 def _hash_rows() -> None:
-    columns = [sa.column(name) for name in ("tenant", "who", "what", "object", "request_id")]
-    more = [
+    columns: list[sa.ColumnClause[Any]] = [
+        sa.column(name) for name in ("tenant", "who", "what", "object", "request_id")
+    ]
+    more: list[sa.ColumnClause[Any]] = [
         sa.column("id"),
         sa.column("seq"),
         sa.column("at", TIME),

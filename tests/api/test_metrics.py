@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -51,14 +52,22 @@ def value(text: str, name: str, **labels: str) -> float:
     return float(found)
 
 
-def test_every_figure_is_there_in_both_formats(tenant: Tenant) -> None:
-    tenant.http.get("/jobs")
-    answer = tenant.http.get("/metrics")
+@pytest.fixture
+def operator(served: Served) -> Iterator[httpx.Client]:
+    """With a key of the tenant that may look at all of them."""
+    with served.database.write() as session:
+        key = Keys(session).create("prometheus", SECRET, ["metrics:read"]).token
+    with httpx.Client(base_url=served.url, headers={"Authorization": f"Bearer {key}"}, timeout=20) as http:
+        yield http
+
+
+def test_every_figure_is_there_in_both_formats(operator: httpx.Client) -> None:
+    answer = operator.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
     kinds = {name: family.type for name, family in families(answer.text).items()}
     assert FAMILIES.items() <= kinds.items()
-    newer = tenant.http.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    newer = operator.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert newer.headers["content-type"].startswith("application/openmetrics-text")
     assert {"seuf_jobs", "seuf_build"} <= {
         family.name for family in openmetrics.text_string_to_metric_families(newer.text)
@@ -79,9 +88,9 @@ def test_two_processes_say_the_same_of_the_database(tenant: Tenant, tiny_model: 
 
 
 @on_sqlite
-def test_requests_are_told_by_their_route(tenant: Tenant) -> None:
+def test_requests_are_told_by_their_route(tenant: Tenant, operator: httpx.Client) -> None:
     def seen() -> float:
-        text = tenant.http.get("/metrics").text
+        text = operator.get("/metrics").text
         labels = {"method": "GET", "route": "/jobs/{job_id}", "status": "404"}
         try:
             return value(text, "seuf_http_request_seconds_count", **labels)
@@ -94,7 +103,7 @@ def test_requests_are_told_by_their_route(tenant: Tenant) -> None:
     assert seen() == before + 2
     tenant.http.get("/no/such/path")
     httpx.get(tenant.served.url + "/jobs")
-    text = tenant.http.get("/metrics").text
+    text = operator.get("/metrics").text
     routes = {sample.labels["route"] for sample in families(text)["seuf_http_request_seconds"].samples}
     assert {"/jobs/{job_id}", "none"} <= routes
     assert not any("job_a" in route or "such" in route for route in routes)
@@ -108,6 +117,13 @@ def test_it_needs_a_scope_of_its_own(served: Served, scopes: list[str], status: 
     answer = httpx.get(served.url + "/metrics", headers={"Authorization": f"Bearer {key}"})
     assert answer.status_code == status
     assert httpx.get(served.url + "/metrics").status_code == 401
+
+
+@on_sqlite
+def test_no_other_tenant_reads_figures_of_all(tenant: Tenant) -> None:
+    answer = tenant.http.get("/metrics")
+    assert answer.status_code == 403
+    assert answer.json()["code"] == "operators_only"
 
 
 @on_sqlite

@@ -26,7 +26,12 @@ NO_BROKER = "redis://:a-password-of-the-broker@127.0.0.1:1/0"
 
 def settings(folder: Path, database_url: str, **changes: Any) -> ApiSettings:
     """Of one API process in `folder`."""
-    given = {"data_dir": folder, "database_url": database_url, "secret": "k7Gm2xQ9Rw4TzB6yVn8LpD3sHc5JfE1a", "lane": "database"}
+    given = {
+        "data_dir": folder,
+        "database_url": database_url,
+        "secret": "k7Gm2xQ9Rw4TzB6yVn8LpD3sHc5JfE1a",
+        "lane": "database",
+    }
     return ApiSettings(**{**given, **changes})
 
 
