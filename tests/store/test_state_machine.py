@@ -23,6 +23,7 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -43,6 +44,8 @@ from worker import dispatcher, sweeps
 
 MAX_ATTEMPTS = 3
 LEASE = 60.0
+MOST_JOBS = 3
+"""Few, so that acts meet each other."""
 SILENT = Loss("ENGINE_LOST", "The engine was ended.", "Retry the job.")
 HOPELESS = Loss("OUT_OF_MEMORY", "Memory ran out.", "Use less.", again=False)
 RESULT = AttributionResult("contrast", [[0.5]], [0], {"runs": 2}, 0.8)
@@ -117,6 +120,7 @@ class Store(RuleBasedStateMachine):
 
     # What users do
 
+    @precondition(lambda self: len(self.tokens) < MOST_JOBS)
     @rule(target=jobs)
     def submit(self) -> str:
         return add_job(self.database, model_id=self.model_id)
@@ -226,6 +230,13 @@ class Store(RuleBasedStateMachine):
             else:
                 attempts_left = before[id_].attempts < MAX_ATTEMPTS
                 assert status is (Status.QUEUED if attempts_left else Status.FAILED)
+
+    @rule(target=claims)
+    def a_worker_falls_silent_and_another_takes_over(self) -> Any:
+        """The road to every stale write, in one step: chance alone seldom finds it."""
+        self.clock.at += timedelta(seconds=LEASE + 1)
+        self.release()
+        return self.claim(None)
 
     @rule()
     def sweep(self) -> None:
@@ -387,7 +398,7 @@ def expired(job: Job, at: datetime) -> bool:
     return job.lease_expires_at is not None and job.lease_expires_at < at
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [50, pytest.param(200, marks=pytest.mark.long)])
 def test_jobs_under_any_order_of_acts(
     examples: int, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
