@@ -24,8 +24,8 @@ from store.database import Database
 Kind = Literal["sqlite", "postgres"]
 KINDS: Final[tuple[Kind, ...]] = ("postgres", "sqlite")
 ROOT: Final = Path(__file__).parents[2]
-# Nothing that is measured here is about limits of a tenant.
-UNLIMITED: Final = {"MAX_ACTIVE_JOBS": "0", "MAX_STORED_BYTES": "0", "REQUESTS_PER_MINUTE": "0"}
+# Limits are counted, as always, and never reached.
+UNLIMITED: Final = {name: str(10**12) for name in ("MAX_ACTIVE_JOBS", "MAX_STORED_BYTES", "REQUESTS_PER_MINUTE")}
 
 
 @dataclass
