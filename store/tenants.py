@@ -88,32 +88,25 @@ class Quota(Repository):
         if limits.max_active_jobs == 0 and limits.max_stored_bytes == 0:
             return
         hold(self.session, self.tenant)
-        if jobs and limits.max_active_jobs:
-            used = self._active_jobs()
-            if used + jobs > limits.max_active_jobs:
-                raise QuotaExceededError(
-                    f"{used} jobs are queued or running; {limits.max_active_jobs} are allowed.",
-                    "Wait for one to end or cancel one; `seuf tenants set --max-active-jobs` allows more.",
-                )
-        if limits.max_stored_bytes:
-            used = self._stored_bytes()
-            if used + stored_bytes > limits.max_stored_bytes:
-                raise QuotaExceededError(
-                    f"{used} bytes are stored and this needs {stored_bytes} more; "
-                    f"{limits.max_stored_bytes} are allowed.",
-                    "Delete files that no job needs; `seuf tenants set --max-stored-bytes` allows more.",
-                )
+        used = self.used()
+        if jobs and 0 < limits.max_active_jobs < used.active_jobs + jobs:
+            raise QuotaExceededError(
+                f"{used.active_jobs} jobs are queued or running; {limits.max_active_jobs} are allowed.",
+                "Wait for one to end or cancel one; `seuf tenants set --max-active-jobs` allows more.",
+            )
+        if 0 < limits.max_stored_bytes < used.stored_bytes + stored_bytes:
+            raise QuotaExceededError(
+                f"{used.stored_bytes} bytes are stored and this needs {stored_bytes} more; "
+                f"{limits.max_stored_bytes} are allowed.",
+                "Delete files that no job needs; `seuf tenants set --max-stored-bytes` allows more.",
+            )
 
     def used(self) -> Used:
-        """What the tenant has now."""
-        return Used(self._active_jobs(), self._stored_bytes())
-
-    def _active_jobs(self) -> int:
-        active = self._select(Job).where(Job.status.in_(ACTIVE))
-        return self.session.scalar(active.with_only_columns(func.count())) or 0
-
-    def _stored_bytes(self) -> int:
+        """What the tenant has now, in one statement."""
+        active = self._select(Job).where(Job.status.in_(ACTIVE)).with_only_columns(func.count())
         files = self._select(File).where(File.deleted_at.is_(None)).with_only_columns(func.sum(File.bytes))
         parts = self._select(UploadPart).with_only_columns(func.sum(UploadPart.bytes))
         made = self._select(Checkpoint).with_only_columns(func.sum(Checkpoint.bytes))
-        return sum(int(self.session.scalar(query) or 0) for query in (files, parts, made))
+        found = self.session.execute(select(*(q.scalar_subquery() for q in (active, files, parts, made)))).one()
+        jobs, *stored = (int(number or 0) for number in found)
+        return Used(jobs, sum(stored))
