@@ -120,7 +120,7 @@ class Store(RuleBasedStateMachine):
 
     # What users do
 
-    @precondition(lambda self: len(self.tokens) < MOST_JOBS)
+    @precondition(lambda self: len(self.tokens) - len(self.ended) < MOST_JOBS)
     @rule(target=jobs)
     def submit(self) -> str:
         return add_job(self.database, model_id=self.model_id)
@@ -230,13 +230,20 @@ class Store(RuleBasedStateMachine):
             else:
                 attempts_left = before[id_].attempts < MAX_ATTEMPTS
                 assert status is (Status.QUEUED if attempts_left else Status.FAILED)
+                assert (id_ in self.unpublished()) == attempts_left
 
-    @rule(target=claims)
-    def a_worker_falls_silent_and_another_takes_over(self) -> Any:
-        """The road to every stale write, in one step: chance alone seldom finds it."""
+    @rule(target=claims, claim=claims)
+    def is_taken_over_and_goes_on(self, claim: Claim) -> Any:
+        """A worker falls silent, another takes its job, and the first one goes on as if nothing had been: chance alone
+        seldom finds the way there."""
+        if not self.is_current(claim):
+            return multiple()
         self.clock.at += timedelta(seconds=LEASE + 1)
         self.release()
-        return self.claim(None)
+        taken = self.claim(claim.job_id)
+        for act in (*WRITES.values(), self.write_result):
+            assert not self.fenced(claim, act)
+        return taken
 
     @rule()
     def sweep(self) -> None:
