@@ -69,6 +69,8 @@ def create_app(settings: Settings) -> FastAPI:
         await run_in_threadpool(_require_tables, service.database)
         yield
         service.database.dispose()
+        # Here, not at exit: uvicorn ends by the signal that stopped it, and a process that a signal ends has no exit.
+        await run_in_threadpool(tracing.finish, tracing.EXIT_SECONDS)
 
     app = FastAPI(
         title="seuf",

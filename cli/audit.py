@@ -30,12 +30,18 @@ def export(
     out: Annotated[Path, typer.Option(help="File to write.")],
     url: options.Url = None,
     key: options.Key = None,
+    json: options.Json = False,
 ) -> None:
     """Write the whole log and its newest head to a file."""
+    lines = 0
     with connect(url, key) as seuf, out.open("wb") as file:
         for line in seuf.audit.export():
             file.write(line + b"\n")
-    output.say(f"Written to {out}. Check it with: seuf audit verify {out}")
+            lines += 1
+    if json:
+        output.print_json({"file": str(out), "lines": lines})
+    else:
+        output.say(f"Written to {out}. Check it with: seuf audit verify {out}")
 
 
 @app.command(

@@ -111,7 +111,7 @@ def test_what_is_asked_wrongly(cli: CLI, arguments: tuple[str, ...], said: str) 
 
 
 def test_from_a_service(shell: Shell, tmp_path: Path) -> None:
-    """Its own worker signs; the log on its disk is then tampered with."""
+    """Its own worker signs; the log on its disk is then tampered with: row 2, after that of the service's first key."""
     import sqlite3
 
     process = shell.start("--json")
@@ -129,5 +129,5 @@ def test_from_a_service(shell: Shell, tmp_path: Path) -> None:
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE audit SET object = 'file_other' WHERE object = ?", (uploaded,))
     broken = shell.run("audit", "verify", "--from-service")
-    assert (broken.returncode, "Row 1: its content" in broken.stderr) == (1, True), broken.stderr
+    assert (broken.returncode, "Row 2: its content" in broken.stderr) == (1, True), broken.stderr
     assert shell.run("audit", "verify", "audit.jsonl").returncode == 0  # what was exported before still holds
