@@ -25,7 +25,7 @@ class Options:
     requests: int = 1000
     seconds: float = 2.0
     watchers: int = 500
-    jobs: int = 300
+    jobs: int = 20
     bytes: int = 1 << 30
     upload_bytes: int = 60 << 20
     load_seconds: float = 60.0
