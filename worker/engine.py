@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from seuf_core.errors import Cancelled, DataError, SeufError
 from seuf_core.method import Method
@@ -89,9 +89,10 @@ class Engine:
         except (LeaseLost, *AWAY):
             raise
         except StorageAway as away:
-            if not _is_full(away.__cause__):
+            cause = away.__cause__
+            if not isinstance(cause, Exception) or not _is_full(cause):
                 raise
-            self._fail(*_crash(away.__cause__))
+            self._fail(*_crash(cause))
         except SeufError as error:
             code = "OUT_OF_MEMORY" if error.code == "out_of_memory" else error.code
             self._fail(code, error.message, error.fix)
@@ -233,8 +234,11 @@ def _crash(error: Exception) -> tuple[str, str, str | None]:
     )
 
 
-def _is_full(error: BaseException | None) -> TypeGuard[OSError]:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors has an error class of its own, which tells the system's error only in words.
+    return type(error).__name__ == "SafetensorError" and f"(os error {errno.ENOSPC})" in str(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -221,4 +221,4 @@ def _retry_due(order: Order) -> bool:
     )
 
 
-DISK_FULL: Final = frozenset({"disk_full"})
+DISK_FULL: Final = frozenset({"disk_full", "DISK_FULL"})

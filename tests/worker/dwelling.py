@@ -1,7 +1,7 @@
 """The real method, lingering once in a phase, so that a test can stop the process exactly there.
 
 SEUF_ENGINE_ENTRY points at one of these functions: each names the phase in which the first attempt of a job lingers.
-Every later attempt lingers in the middle of its training.
+Every later attempt lingers when it evaluates: it may have inherited a training that is finished.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _lingering(
 
     job = work.parents[1]
     first = not (job / "lingered").exists()
-    where, mark = (phase, job / "lingered") if first else ("unlearning", job / "lingered-again")
+    where, mark = (phase, job / "lingered") if first else ("evaluating", job / "lingered-again")
     lingers = Lingers(observer, where, mark)
     result = unlearn(model, forget, out, work=work, observer=lingers, **rest)
     if where == "written" and not mark.exists():

@@ -218,6 +218,26 @@ def fills_the_disk(
         full.write("x")
 
 
+def fills_the_disk_with_weights(
+    model: Path,
+    forget: Path,
+    out: Path,
+    *,
+    retain: Path | None,
+    evaluation: Path | None,
+    method: Method,
+    work: Path,
+    observer: Observer,
+    memory: int | None,
+    share: Share,
+) -> Any:
+    """What a full disk answers to safetensors, which has an error class of its own."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"weight": np.zeros(1000)}, "/dev/full")
+
+
 def evaluates_until_stopped(
     model: Path,
     forget: Path,

@@ -1,7 +1,7 @@
 """A worker that is stopped past its lease and then goes on cannot write one byte or row.
 
 Real processes, real signals, the real method. The first worker is stopped (SIGSTOP, with its engine) in a phase; the
-second one takes its job, and is stopped as well, in the middle of its training, so that nothing moves but the first one
+second one takes its job, and is stopped as well, in the middle of its work, so that nothing moves but the first one
 when it goes on. Then rows, storage and the second one's folder must be, byte for byte, what they were.
 """
 

@@ -133,6 +133,7 @@ ENDS: dict[str, tuple[str, str]] = {
     "aborts": ("ENGINE_LOST", "SIGABRT (signal 6)"),
     "exits": ("ENGINE_CRASHED", "exit code 7"),
     "fills_the_disk": ("DISK_FULL", "no room left"),
+    "fills_the_disk_with_weights": ("DISK_FULL", "no room left"),
     "nowhere:nothing": ("ENGINE_CRASHED", "ModuleNotFoundError"),
 }
 
