@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import signal
 import time
@@ -38,9 +37,8 @@ def submitting(scene: Scene, api: Program) -> None:
     if order is None or not scene.ledger.may_submit(order.number):
         idle(scene, api)
         return
-    body = json.dumps(scene.ledger.body(order))
-    headers = {"Content-Type": "application/json", **scene.ledger.headers(order)}
-    connection = _send(scene, "/jobs", body.encode(), headers)
+    body, headers = scene.ledger.body(order), scene.ledger.headers(order)
+    connection = _send(scene, "/jobs", body, headers)
     time.sleep(scene.rng.uniform(0, 0.05))
     if scene.service.keeper.kill(api):
         scene.note("kill api", "submitting", "api")

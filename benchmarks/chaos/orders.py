@@ -5,6 +5,7 @@ A submit whose answer got lost is sent again under the same Idempotency-Key, as 
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -110,15 +111,16 @@ class Ledger:
     looked_at: float = 0.0
     refused: list[str] = field(default_factory=list)
 
-    def body(self, order: Order) -> dict[str, Any]:
-        """The body of POST /jobs."""
+    def body(self, order: Order) -> bytes:
+        """The body of POST /jobs: the same bytes for every try of one order, as its Idempotency-Key demands."""
         sets = {f"{purpose}_set": {"file": id_} for purpose, id_ in self.inputs.files.items()}
         metadata = {"run": self.run, "order": str(order.number)}
-        return {"model": self.inputs.model, **sets, "method": SPECS[order.spec], "metadata": metadata}
+        body = {"model": self.inputs.model, **sets, "method": SPECS[order.spec], "metadata": metadata}
+        return json.dumps(body).encode()
 
     def headers(self, order: Order) -> dict[str, str]:
         """The same for every try of one order."""
-        return {"Idempotency-Key": f"{self.run}-{order.number}"}
+        return {"Content-Type": "application/json", "Idempotency-Key": f"{self.run}-{order.number}"}
 
     @property
     def open(self) -> list[Order]:
@@ -202,12 +204,12 @@ class Ledger:
             self.refused.append(answer.text)
 
     def _send(
-        self, path: str, body: dict[str, Any] | None = None, headers: dict[str, str] | None = None
+        self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> httpx.Response | None:
         """POST; None when no answer came."""
         try:
             with self.service.http() as http:
-                return http.post(path, json=body, headers=headers)
+                return http.post(path, content=body, headers=headers)
         except httpx.TransportError:
             return None
 
