@@ -13,7 +13,7 @@ COMMANDS = {
     *("up", "submit", "watch", "get", "list", "cancel", "download", "run", "plan", "attribute"),
     *("apply-delta", "verify", "reference build"),
     *("models add", "models list", "files upload", "files list", "keys create", "keys list", "keys revoke"),
-    *("keys rotate", "tenants create", "tenants list", "tenants set"),
+    *("keys rotate", "tenants create", "tenants list", "tenants set", "retry", "audit export", "audit verify"),
 }
 
 
