@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -66,20 +67,27 @@ def _listen(lines: SimpleQueue[str]) -> None:
 
 
 class StopFlag:
-    """True once SIGTERM or SIGINT has arrived."""
+    """True once SIGTERM or SIGINT has arrived.
+
+    A pipe that gets a byte, which nobody reads, and no threading.Event: the handler runs in the main thread
+    between any two of its instructions, so also while that thread holds the event's lock in `wait`, and would
+    then wait for it for ever.
+    """
 
     def __init__(self) -> None:
-        self._set = threading.Event()
+        self._arrivals, self._told = os.pipe()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._arrived)
 
     def __call__(self) -> bool:
         """Has a signal arrived?"""
-        return self._set.is_set()
+        return self.wait(0)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep until a signal arrives, at most `seconds`; has one arrived?"""
-        return self._set.wait(seconds)
+        """Sleep until a signal arrives, at most `seconds`; has one arrived? Any thread may ask."""
+        waiting = select.poll()  # its own for each call: one that two threads share refuses the second
+        waiting.register(self._arrivals, select.POLLIN)
+        return bool(waiting.poll(seconds * 1000))
 
     def _arrived(self, _number: int, _frame: FrameType | None) -> None:
-        self._set.set()
+        os.write(self._told, b"!")

@@ -28,6 +28,26 @@ time.sleep(600)
 """
 
 
+STOPPED = """
+import os, signal, threading
+from worker.life import StopFlag
+for _ in range(400):
+    flag = StopFlag()
+    threading.Timer(0.0005, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    while not flag.wait(0):
+        pass
+print("heard", flush=True)
+"""
+
+
+def test_a_signal_may_come_at_any_instruction() -> None:
+    """With a threading.Event most of these runs stood still for ever, in the handler."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout == "heard\n", done.stderr
+
+
 @pytest.mark.parametrize("tie", ["pipe", "kernel"])
 def test_the_engine_dies_with_its_parent(tie: str) -> None:
     # "kernel": the child's pipe is ours and stays open, so that only the kernel's signal is left.
