@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -256,8 +257,15 @@ class Settings(BaseSettings):
 
         (Addresses have their passwords in them.)
         """
-        fields = {name for name, field in Settings.model_fields.items() if field.annotation is not SecretStr}
+        fields = Settings.model_fields.keys() - _secrets()
         return {f"SEUF_{name.upper()}": str(getattr(self, name)) for name in sorted(fields)}
+
+    @staticmethod
+    def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+        """The same variables but those that hold a secret or name its file: for a process that needs none."""
+        told = {f"SEUF_{name.upper()}" for name in _secrets()}
+        hidden = told | {f"{variable}_FILE" for variable in told}
+        return {name: value for name, value in environment.items() if name not in hidden}
 
     def require_secret(self) -> Self:
         """ValueError unless a secret was given: several processes must have the same one, and it must be kept."""
@@ -281,3 +289,8 @@ class Settings(BaseSettings):
         if given := self.secret.get_secret_value():
             return given.encode()
         return read_or_make(self.data_dir / "secret", lambda: secrets.token_urlsafe(32).encode())
+
+
+def _secrets() -> set[str]:
+    """The fields that are secrets."""
+    return {name for name, field in Settings.model_fields.items() if field.annotation is SecretStr}

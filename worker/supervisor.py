@@ -143,7 +143,7 @@ class Supervisor:
 
     def _start(self) -> subprocess.Popen[bytes]:
         """An engine in a session of its own, holding one end of a pipe that closes when we die."""
-        inherited = {name: value for name, value in os.environ.items() if name != "SEUF_SECRET"}
+        inherited = Settings.without_secrets(os.environ)
         return subprocess.Popen(
             [sys.executable, "-m", "worker.engine"],
             stdin=subprocess.PIPE,

@@ -54,6 +54,26 @@ def saved_step(house: House, job_id: str) -> int:
 
 
 @SQLITE
+@pytest.mark.parametrize("variable", ["SEUF_SECRET", "SEUF_SECRET_FILE"])
+def test_an_engine_is_told_no_secret_and_no_file_of_one(
+    variable: str, make_house: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret, file = "w9Kx2PqLr7Tz4VbN8mYc3HsD6fGjA1eU", tmp_path / "secret-of-the-keys"
+    file.write_text(secret)
+    monkeypatch.setenv(variable, str(file) if variable.endswith("_FILE") else secret)
+    house = make_house("runs_until_stopped")
+    job_id = house.submit()
+    stop = threading.Event()
+    with running(house, job_id, stop.is_set):
+        pid = house.wait_for_pid(job_id)["pid"]
+        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        stop.set()
+    names = {variable.partition("=")[0] for variable in environment}
+    assert "SEUF_DATABASE_URL" in names
+    assert variable not in names
+
+
+@SQLITE
 @pytest.mark.parametrize(("told", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_waiting_threads_sleep_unless_the_operator_says_otherwise(
     make_house: Make, monkeypatch: pytest.MonkeyPatch, told: str | None, expected: str
